@@ -27,14 +27,15 @@ def layer(c_in, c_out, normalise=True):
     """3×3 zero-padded convolution with bias, LayerNorm over (C, H, W), ReLU (App. A.1), as a list of modules.
 
     LayerNorm with one scale and shift per channel is GroupNorm with a single group: one fused kernel. Without
-    the mean removal, half of M's channels die; without the convolution's bias the loss is half as large again.
+    the mean removal, half of M's channels die; without the convolution's bias the loss is half as large
+    again.
     """
     norm = [nn.GroupNorm(1, c_out)] if normalise else []
     return [nn.Conv2d(c_in, c_out, 3, padding=1), *norm, nn.ReLU(inplace=True)]
 
 
 def receptive_field(levels):
-    """Side, in pixels, of the patch of the picture that one value of M sees: 18, 40, 84, 172 for 1 to 4 levels."""
+    """Side in pixels of what one value of M sees of the picture: 18, 40, 84, 172 for 1 … 4 levels."""
     side, stride = 1, 1
     for _ in range(levels):
         side += 2 * 2 * stride + stride                   # two 3×3 convolutions, one 2×2 pooling
@@ -45,8 +46,8 @@ def receptive_field(levels):
 class UNet(nn.Module):
     """y = x + σz  ->  x̂(y) ≈ E[x | y] (Eq. 2), without being told σ.
 
-    y: (N, channels, H, W), x in [0, 1]. `blocks` holds E1…, M, …D1 in the order in which they run, with 2, 3 and
-    6 layers; E_k and D_k have width·2^(k-1) channels, M has width·2^levels.
+    y: (N, channels, H, W), x in [0, 1]. `blocks` holds E1…, M, …D1 in the order in which they run, with 2, 3
+    and 6 layers; E_k and D_k have width·2^(k-1) channels, M has width·2^levels.
 
     The network outputs x̂ itself, not the noise. A joint LayerNorm divides the noise's size out of every
     activation, so a network that had to output σz would have to recover it: at equal training its loss was
@@ -86,8 +87,8 @@ class UNet(nn.Module):
         """
         step = 2 ** self.levels
         if y.shape[2] % step or y.shape[3] % step:
-            raise ValueError(f"picture of {y.shape[3]}×{y.shape[2]} pixels: both sides must be multiples of {step} "
-                             f"(2^levels)")
+            raise ValueError(f"picture of {y.shape[3]}×{y.shape[2]} pixels: both sides must be multiples of "
+                             f"{step} (2^levels)")
         a, skips = y.contiguous(memory_format=torch.channels_last), []       # the faster layout everywhere
         for k in range(1, self.levels + 1):
             a = self._block(f"E{k}", a, averages)
@@ -96,7 +97,7 @@ class UNet(nn.Module):
         return self._block("M", a, averages), skips
 
     def forward(self, y, averages=None):
-        """x̂(y), (N, C, H, W), for sides that are multiples of 2^levels. Arguments and errors as for `encode`."""
+        """x̂(y), (N, C, H, W), if 2^levels divides both sides. Arguments and errors: as for `encode`."""
         a, skips = self.encode(y, averages)
         for k in range(self.levels, 0, -1):
             a = torch.cat([skips[k - 1], self.up[f"D{k}"](a)], dim=1)        # H, W double
@@ -104,7 +105,7 @@ class UNet(nn.Module):
         return a
 
     def denoise(self, y):
-        """x̂(y) for a picture of any size: (N, C, H, W) -> (N, C, H, W), reflected at its border to fit 2^levels."""
+        """x̂(y) for pictures of any size, (N, C, H, W), reflected at the border to a multiple of 2^levels."""
         h, w = y.shape[2:]
         bottom, right = -h % 2 ** self.levels, -w % 2 ** self.levels
         # 'reflect' needs more pixels than it pads; tiny pictures repeat their border instead.
@@ -115,15 +116,16 @@ class UNet(nn.Module):
     def score(self, y):
         """s(y) = x̂(y) − y = σ² ∇log p_σ(y) (Eq. 2), (N, C, H, W).
 
-        Eq. 1 as printed makes the network's output ≈ +σz, but Algorithm 1 *adds* s: with this sign (s ≈ −σz) both
-        Eq. 2 and Algorithm 1 are right.
+        Eq. 1 as printed makes the network's output ≈ +σz, but Algorithm 1 *adds* s: with this sign (s ≈ −σz)
+        both Eq. 2 and Algorithm 1 are right.
         """
         return self.denoise(y) - y
 
     def activations(self, y):
         """ā at the input and output of every block (§2.1): {name: ((N, d_in), (N, d_out))}, in running order.
 
-        A decoder block's input is the concatenation of its skip and of what comes from below. Errors: as `encode`.
+        A decoder block's input is the concatenation of its skip and of what comes from below. Errors: as
+        `encode`.
         """
         averages = {}
         self(y, averages)
@@ -153,9 +155,10 @@ def phi(model, x, sigma, draws=1, generator=None, grad=False):
 def load_checkpoint(path, device="cpu"):
     """Rebuild a model from its file alone: (UNet in evaluation mode on `device`, the checkpoint's dict).
 
-    The dict holds plain numbers, strings, lists and tensors, among them `model` (width, channels, levels), `size`
-    (pixels), `sigma_max`, `mean` (the mean colour, `channels` numbers in [0, 1]) and `training` (a summary).
-    Raises UserError, in one line, for a missing file and for anything that is not a whole checkpoint of ours.
+    The dict holds plain numbers, strings, lists and tensors, among them `model` (width, channels, levels),
+    `size` (pixels), `sigma_max`, `mean` (the mean colour, `channels` numbers in [0, 1]) and `training` (a
+    summary). Raises UserError, in one line, for a missing file and for anything that is not a whole
+    checkpoint of ours.
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)

@@ -1,0 +1,662 @@
+"""Tests: python -m pytest test_all.py (offline, CPU, no data needed)."""
+import copy
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import train
+import unet
+from unet import UNet, UserError, load_checkpoint, phi, receptive_field
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)                         # the networks here are tiny: threads only get in their way
+
+
+def gap(a, b):
+    """Maximum absolute difference."""
+    return (torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs().max().item()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def script(*words, env=None, **options):
+    """Start `python …` in the repository's folder, with one thread, without waiting."""
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **options)
+
+
+def finish(process, timeout=60):
+    """(exit code, standard output, standard error)."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+# unet.py
+
+def test_parameter_count():
+    # App. A.1 prints ~13 m. By hand: convolutions 9·c_in·c_out + c_out, transposed ones
+    # 4·c_in·c_out + c_out, norms 2·c.
+    encoder = [(3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256)]
+    middle = [(256, 512), (512, 512), (512, 512)]
+    decoder = [(c * 2 if i == 0 else c, 3 if (c, i) == (64, 5) else c)
+               for c in (256, 128, 64) for i in range(6)]
+    convs = sum(9 * a * b + b for a, b in encoder + middle + decoder)
+    ups = sum(4 * 2 * c * c + c for c in (256, 128, 64))
+    norms = 2 * (sum(b for _, b in encoder + middle + decoder) - 64 - 3)  # not the first layer, not the last
+    count = sum(p.numel() for p in UNet().parameters())
+    assert count == convs + ups + norms == 13_130_243
+
+
+@pytest.mark.parametrize("levels, side", [(1, 18), (2, 40), (3, 84), (4, 172)])
+def test_receptive_field_from_gradients(levels, side):
+    model = UNet(width=1, channels=1, levels=levels)
+    for block in model.blocks.values():  # the joint LayerNorm mixes all places: look at the convolutions
+        for i, module in enumerate(block):
+            if isinstance(module, nn.GroupNorm):
+                block[i] = nn.Identity()
+    for p in model.parameters():
+        nn.init.constant_(p, 0.3)                # positive: no path is cut by a ReLU and no two cancel
+    n = 2 ** levels * (side // 2 ** levels + 3)
+    y = torch.rand(1, 1, n, n, dtype=torch.float64, requires_grad=True)
+    a = model.double().encode(y)[0]
+    a[0, 0, a.shape[2] // 2, a.shape[3] // 2].backward()
+    rows, columns = y.grad[0, 0].nonzero(as_tuple=True)
+    assert rows.max() - rows.min() + 1 == columns.max() - columns.min() + 1 == side == receptive_field(levels)
+
+
+def test_layer_structure():
+    model = UNet(width=4, channels=3, levels=3)
+    assert list(model.blocks) == ["E1", "E2", "E3", "M", "D3", "D2", "D1"]
+    channels = dict(E1=(3, 4), E2=(4, 8), E3=(8, 16), M=(16, 32), D3=(32, 16), D2=(16, 8), D1=(8, 4))
+    for name, block in model.blocks.items():
+        layers = {"E": 2, "M": 3, "D": 6}[name[0]]
+        kinds = [type(m).__name__ for m in block]
+        expected = ["Conv2d", "GroupNorm", "ReLU"] * layers
+        if name == "E1":
+            del expected[1]
+        if name == "D1":
+            del expected[-2:]
+        assert kinds == expected
+        convs = [m for m in block if isinstance(m, nn.Conv2d)]
+        first, rest = channels[name]
+        shapes = [(rest, first if i == 0 else rest) for i in range(layers)]
+        if name == "D1":
+            shapes[-1] = (3, rest)
+        assert [tuple(c.weight.shape[:2]) for c in convs] == shapes
+        assert all(c.weight.shape[2:] == (3, 3) and c.padding == (1, 1) and c.padding_mode == "zeros"
+                   and c.bias is not None for c in convs)
+
+
+def independent_forward(model, y):
+    """The network of App. A.1 from its weights, with torch.layer_norm over (C, H, W): x̂, M's maps."""
+    w = model.state_dict()
+
+    def block(name, a, layers, skip_norm=None, bare=None):
+        keys = sorted({int(k.split(".")[2]) for k in w if k.startswith(f"blocks.{name}.")})
+        for i in range(layers):
+            k = keys.pop(0)
+            a = F.conv2d(F.pad(a, (1, 1, 1, 1)), w[f"blocks.{name}.{k}.weight"], w[f"blocks.{name}.{k}.bias"])
+            if i == bare:
+                return a
+            if i != skip_norm:
+                k = keys.pop(0)
+                a = F.layer_norm(a, a.shape[1:])
+                scale, shift = w[f"blocks.{name}.{k}.weight"], w[f"blocks.{name}.{k}.bias"]
+                a = a * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+            a = a.clamp(min=0)
+        return a
+
+    e1 = block("E1", y, 2, skip_norm=0)
+    e2 = block("E2", F.interpolate(e1, scale_factor=0.5, mode="area"), 2)
+    m = block("M", F.interpolate(e2, scale_factor=0.5, mode="area"), 3)
+
+    def up(name, a):
+        out = torch.einsum("nchw,cdij->ndhwij", a, w[f"up.{name}.weight"])
+        out = out + w[f"up.{name}.bias"].view(-1, 1, 1, 1, 1)
+        return out.permute(0, 1, 2, 4, 3, 5).reshape(len(a), -1, 2 * a.shape[2], 2 * a.shape[3])
+    d2 = block("D2", torch.cat([e2, up("D2", m)], 1), 6)
+    return block("D1", torch.cat([e1, up("D1", d2)], 1), 6, bare=5), m
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = UNet(width=4, channels=3, levels=2)
+    for p in model.parameters():
+        p.data += 0.1 * normal(*p.shape)         # norms that are not the identity
+    return model
+
+
+def test_forward_against_an_independent_one(small):
+    y = normal(3, 3, 16, 24)
+    with torch.no_grad():
+        x_hat, m = independent_forward(small, y)
+        assert gap(small.denoise(y), x_hat) < 1e-5
+        assert gap(small.encode(y)[0], m) < 1e-5
+        assert gap(small.score(y), x_hat - y) < 1e-5
+
+
+def test_activations_and_nothing_left_behind(small):
+    y, seen = normal(2, 3, 16, 16), {}
+    average = lambda a: a.mean((2, 3))
+    hooks = [b.register_forward_hook(lambda m, i, o, n=n: seen.update({n: (average(i[0]), average(o))}))
+             for n, b in small.blocks.items()]
+    before = set(vars(small))
+    small(y)
+    for hook in hooks:
+        hook.remove()
+    averages = small.activations(y)
+    assert list(averages) == ["E1", "E2", "M", "D2", "D1"]
+    assert [a.shape[1] for a, _ in averages.values()] == [3, 4, 8, 16, 8]  # a decoder's input: both halves
+    for name in seen:
+        assert gap(averages[name][0], seen[name][0]) < 1e-6 and gap(averages[name][1], seen[name][1]) < 1e-6
+    assert set(vars(small)) == before and small.training
+
+
+def test_phi(small):
+    x, g = normal(3, 3, 16, 16), torch.Generator()
+    code = phi(small, x, torch.tensor([0.1, 0.2, 0.3]), draws=5, generator=g.manual_seed(1))
+    g.manual_seed(1)
+    sigma, total = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1), 0
+    for _ in range(5):
+        y = x + sigma * torch.randn(x.shape, generator=g)
+        total = total + independent_forward(small, y)[1].mean((2, 3)) / 5
+    assert code.shape == (3, 16) and not code.requires_grad and gap(code, total) < 1e-5
+    x.requires_grad_()
+    phi(small, x, 0.1, generator=g, grad=True).sum().backward()
+    assert x.grad.abs().max() > 0
+    ran = []
+    small.blocks["D1"].register_forward_hook(lambda *_: ran.append(1))
+    phi(small, x, 0.1)
+    assert not ran                               # first half only
+
+
+@pytest.mark.parametrize("h, w", [(17, 30), (16, 19), (5, 3), (1, 2)])
+def test_denoise_any_size(small, h, w):
+    y = normal(1, 3, h, w)
+    bottom, right = -h % 4, -w % 4
+    padded = np.pad(y.numpy(), ((0, 0), (0, 0), (0, bottom), (0, right)),
+                    "reflect" if bottom < h and right < w else "edge")
+    with torch.no_grad():
+        assert gap(small.denoise(y), small(torch.from_numpy(padded))[:, :, :h, :w]) < 1e-6
+    with pytest.raises(ValueError, match=rf"{w}×{h} .*multiples of 4"):
+        phi(small, y, 0.1)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_load_checkpoint_errors(tmp_path, small):
+    good = dict(format=unet.FORMAT, model=dict(width=4, channels=3, levels=2), weights=small.state_dict(),
+                size=16, sigma_max=1.0, mean=[0.5] * 3, training={})
+    torch.save(good, tmp_path / "good.pt")
+    model, checkpoint = load_checkpoint(tmp_path / "good.pt")
+    assert checkpoint["size"] == 16 and not model.training
+    assert all(gap(a, b) == 0 for a, b in zip(model.state_dict().values(), small.state_dict().values()))
+    torch.save(Malicious(), tmp_path / "malicious.pt")
+    torch.save(small.state_dict(), tmp_path / "foreign.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:3000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_text("")
+    torch.save({**good, "model": dict(width=5, channels=3, levels=2)}, tmp_path / "shape.pt")
+    torch.save({k: v for k, v in good.items() if k != "mean"}, tmp_path / "lacks.pt")
+    for name, words in dict(malicious="not a checkpoint", foreign="not a checkpoint", cut="not a checkpoint",
+                            text="not a checkpoint", empty="not a checkpoint", shape="damaged",
+                            lacks="damaged", missing="cannot be read").items():
+        with pytest.raises(UserError, match=words) as error:
+            load_checkpoint(tmp_path / f"{name}.pt")
+        assert f"{name}.pt" in str(error.value) and "\n" not in str(error.value)
+    assert not os.path.exists("owned")
+
+
+# train.py: pictures
+
+def test_odd_pictures(tmp_path):
+    red, size = (200, 40, 40), (40, 24)
+    folder = tmp_path / "in" / "Class A"
+    folder.mkdir(parents=True)
+    flat = Image.new("RGB", size, red)
+    flat.save(folder / "a.JPEG", quality=95)
+    flat.quantize(4).save(folder / "b.png")                                    # palette
+    flat.convert("CMYK").save(folder / "c.Jpg", quality=95)
+    Image.new("RGBA", size, (*red, 51)).save(folder / "d.PNG")                 # a fifth red over white
+    clear = Image.new("P", size, 0)
+    clear.putpalette([0, 0, 0] * 256)
+    clear.save(folder / "e.gif", transparency=0)                               # all transparent: white
+    Image.fromarray(np.full(size[::-1], 51 * 257, np.uint16)).save(folder / "f.png")       # 16-bit gray
+    Image.new("L", size, 51).save(folder / "g.bmp")
+    Image.new("1", size, 1).save(folder / "h.tiff")
+    Image.new("LA", size, (0, 0)).save(folder / "i.png")
+    expected = [red, red, red, (244, 212, 212), (255,) * 3, (51,) * 3, (51,) * 3, (255,) * 3, (255,) * 3]
+    upright = np.zeros((24, 24, 3), np.uint8)
+    upright[:12] = red                                                         # red above black …
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                           # … stored turned a quarter
+    Image.fromarray(np.rot90(upright).copy()).save(folder / "j.png", exif=exif)
+    (folder / "k.jpg").write_bytes((folder / "a.JPEG").read_bytes()[:400])     # truncated
+    (folder / "l.png").write_text("no picture")
+    (folder / "notes.txt").write_text("ignored")
+    (folder / "loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (7, 9), (0, 0, 255)).save(elsewhere / "m.webp", lossless=True)
+    (tmp_path / "in" / "link").symlink_to(elsewhere, target_is_directory=True)
+
+    p = train.load_pictures(str(tmp_path / "in"), size=16)
+    assert p.x.shape == (11, 16, 16, 3) and p.x.dtype == np.uint8
+    for x, colour, path in zip(p.x, expected, p.paths):
+        assert np.abs(x.astype(int) - np.array(colour)).max() <= 3, path
+    assert np.abs(p.x[9][:7].astype(int) - red).max() <= 3 and p.x[9][9:].max() <= 3       # upright again
+    assert np.abs(p.x[10].astype(int) - (0, 0, 255)).max() == 0
+    assert p.classes == ["Class A", "link"] and p.labels.tolist() == [0] * 10 + [1]
+    assert len(p.skipped) == 2 and "k.jpg" in p.skipped[0] and "l.png" in p.skipped[1]
+    gray = train.load_pictures(str(tmp_path / "in"), size=16, channels=1)
+    assert gray.x.shape == (11, 16, 16, 1) and np.abs(gray.x[5].astype(int) - 51).max() <= 1
+    one = train.load_picture(folder / "d.PNG", 16)
+    assert one.shape == (16, 16, 3) and (one == p.x[3]).all()
+    assert train.load_picture(folder / "d.PNG").shape == (24, 40, 3)
+    with pytest.raises(UserError, match="l.png"):
+        train.load_picture(folder / "l.png")
+
+
+def test_centre_crop_and_antialiasing(tmp_path):
+    stripes = np.zeros((64, 96, 3), np.uint8)
+    stripes[:, 16:80:2] = 255  # one-pixel stripes in the central square: their average is gray
+    stripes[:, :16] = stripes[:, 80:] = (255, 0, 0)                            # outside it
+    x = train.to_pixels(Image.fromarray(stripes), 16, 3)
+    assert np.abs(x[0, :, 1:-1].astype(int) - 127).max() <= 8                  # no red, no aliasing
+
+
+def test_patches_stay_together(tmp_path):
+    rng = np.random.default_rng(0)
+    tiles = {}
+    for k in range(12):
+        picture = rng.integers(0, 256, (35, 50), np.uint8)                     # 2 × 3 tiles of 16
+        if k == 3:
+            picture[:16, :16] = tiles["2.png"][16:32, 32:48]  # shares one tile with its neighbour
+        tiles[f"{k}.png"] = picture
+        Image.fromarray(picture).save(tmp_path / f"{k}.png")
+    Image.new("L", (10, 40)).save(tmp_path / "tiny.png")
+    p = train.load_pictures(str(tmp_path), 16, 1, patches=True)
+    assert p.x.shape == (72, 16, 16, 1) and len(p.skipped) == 1 and "no 16×16 tile" in p.skipped[0]
+    for path, x in zip(p.paths, p.x):
+        name, tile = Path(path).name.split("#")
+        i, j = divmod(int(tile), 3)
+        assert (tiles[name][16 * i:16 * i + 16, 16 * j:16 * j + 16] == x[..., 0]).all()
+    for seed in range(8):
+        train_rows, held_out = train.split(p, 0.2, seed)
+        files = [{Path(p.paths[i]).name.split("#")[0] for i in rows} for rows in (train_rows, held_out)]
+        assert not files[0] & files[1] and files[1]
+        assert len({"2.png", "3.png"} & files[0]) != 1                         # the shared tile ties them
+
+
+def test_split_depends_on_pictures_and_seed_alone(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    x[10:14] = x[0]                              # exact duplicates
+    x[50] = x[49]
+    order = np.random.default_rng(1).permutation(60)
+    for name, pictures in ("a", x), ("b", x[order]):
+        np.save(tmp_path / f"{name}.npy", pictures)
+    a, b = (train.load_pictures(str(tmp_path / f"{n}.npy"), 8) for n in "ab")
+    assert a.fingerprint == b.fingerprint
+    content = lambda p, rows: sorted(p.x[i].tobytes() for i in rows)
+    held = set()
+    for seed in range(20):
+        train_a, held_a = train.split(a, 0.1, seed)
+        assert sorted([*train_a, *held_a]) == list(range(60)) and 1 <= len(held_a) <= 6
+        assert not set(content(a, train_a)) & set(content(a, held_a))          # no twin on the other side
+        assert content(a, held_a) == content(b, train.split(b, 0.1, seed)[1])
+        held.add(tuple(sorted(held_a)))
+        first, second = (train.training_part(a, train_a, s, None, seed) for s in ("first", "second"))
+        assert sorted([*first, *second]) == sorted(train_a) and abs(len(first) - len(second)) <= 6
+        assert not set(content(a, first)) & set(content(a, second))
+        few, more = (train.training_part(a, train_a, "first", n, seed) for n in (5, 9))
+        assert len(few) == 5 and list(more[:5]) == list(few)
+    assert len(held) > 10                        # the seed matters
+    big = train.Pictures(np.zeros((50_000, 1)), [], None, [], np.arange(50_000), [], "")
+    assert len(train.split(big)[1]) == 2000
+
+
+def test_arrays(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (20, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "colour.npy", x)
+    np.save(tmp_path / "gray.npy", x[..., 0])
+    np.save(tmp_path / "gray1.npy", x[..., :1])
+    np.savez(tmp_path / "pictures.npz", other=np.zeros(3), images=x)
+    p = train.load_pictures(str(tmp_path / "colour.npy"), 8)
+    assert isinstance(p.x, np.memmap) and (p.x == x).all()
+    for name in "gray", "gray1":
+        assert (train.load_pictures(str(tmp_path / f"{name}.npy"), 8, 1).x == x[..., :1]).all()
+        assert (train.load_pictures(str(tmp_path / f"{name}.npy"), 8, 3).x == x[..., :1]).all()
+    assert (train.load_pictures(str(tmp_path / "pictures.npz"), 8).x == x).all()
+    assert train.load_pictures(str(tmp_path / "colour.npy"), 4).x.shape == (20, 4, 4, 3)
+    assert train.load_pictures(str(tmp_path / "colour.npy"), 4, patches=True).x.shape == (80, 4, 4, 3)
+    imagenet = tmp_path / "imagenet64"           # planar: all red, then all green, then all blue
+    imagenet.mkdir()
+    planar = rng.integers(0, 256, (10, 3, 64, 64), np.uint8)
+    for k in range(2):
+        np.savez(imagenet / f"train_data_batch_{k + 1}.npz", data=planar[5 * k:5 * k + 5].reshape(5, -1),
+                 labels=np.arange(5) + 1, mean=np.zeros(12288))
+    p = train.load_pictures(str(imagenet), 64)
+    assert (p.x == planar.transpose(0, 2, 3, 1)).all()
+    assert p.classes == ["1", "2", "3", "4", "5"] and p.labels.tolist() == [0, 1, 2, 3, 4] * 2
+
+
+def test_builtin_pictures():
+    x, labels, classes = train.builtin_pictures(300, 32, 3)
+    assert x.shape == (300, 32, 32, 3) and len(classes) >= 12 and np.bincount(labels).tolist() == [20] * 15
+    assert (train.builtin_pictures(300, 32, 3)[0] == x).all()                  # deterministic
+    assert min(np.ptp(p) for p in x) > 40        # nothing is blank
+    gray = train.builtin_pictures(30, 32, 1)[0]
+    assert gray.shape == (30, 32, 32, 1)
+
+
+def test_disc_pictures_have_five_degrees_of_freedom():
+    x = train.builtin_pictures(40, 32, 1, "disc")[0][..., 0].astype(float)
+    for p in x:                                  # a radial profile about its own centre describes it
+        ground, weight = p[0, 0], np.abs(p - p[0, 0])
+        if weight.max() < 30:
+            continue
+        i, j = np.indices(p.shape)
+        ci, cj = (i * weight).sum() / weight.sum(), (j * weight).sum() / weight.sum()
+        r = np.hypot(i - ci, j - cj)
+        radius = np.sqrt(weight.sum() / weight.max() / np.pi)
+        inner, outer = p[r < radius - 2.5], p[r > radius + 2.5]
+        assert np.ptp(inner) <= 5 and np.abs(outer - ground).max() <= 5
+
+
+def test_calpha_pictures_get_smoother():
+    def roughness(alpha):
+        x = train.builtin_pictures(100, 32, 1, f"calpha:{alpha}")[0][..., 0] / 255
+        inner = np.median(np.abs(np.diff(x, 2, axis=1)), axis=(1, 2))  # the median ignores the contour
+        return inner.mean()
+    r = [roughness(a) for a in (0.5, 1, 2, 4)]
+    assert r[0] > 1.3 * r[1] > 1.3 * 1.3 * r[2] > 0 and r[2] >= r[3]
+    for bad in "calpha:0", "calpha:x", "calpha:-1", "calpha:nan":
+        with pytest.raises(UserError, match="positive"):
+            train.load_pictures(bad, 32, 1)
+
+
+# train.py: training
+
+def test_sigma_distribution():
+    sigma = train.draw_sigma(100_000, 0.8, torch.Generator().manual_seed(0)).flatten().sort().values
+    cdf = (sigma / 0.8).sqrt()                   # p(σ) ∝ 1/√σ on [0, 0.8]
+    assert gap(cdf, (torch.arange(100_000) + 0.5) / 100_000) < 0.006           # Kolmogorov–Smirnov, p < 0.001
+    x, y, s = train.noisy_batch(np.full((64, 16, 16, 3), 51, np.uint8), np.arange(64), 7, 0, 0.8, "cpu")
+    z = (y - x) / s
+    assert gap(x, torch.full_like(x, 0.2)) < 1e-6
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+
+
+def test_learning_rate_and_data_order():
+    assert [train.learning_rate(t) for t in (0, 0.09, 0.1, 0.55, 0.99, 1)] == [
+        1e-3, 1e-3, 5e-4, 1e-3 / 32, 1e-3 / 512, 1e-3 / 512]
+    rows = np.arange(100, 110)
+    seen = np.concatenate([train.batch_rows(rows, step, 4, 0) for step in range(10)])      # 4 epochs of 10
+    for epoch in seen.reshape(4, 10):
+        assert sorted(epoch) == list(rows)
+    assert list(seen[:10]) != list(seen[10:20])
+    assert sorted(train.batch_rows(rows, 0, 25, 0)) == sorted([*rows, *rows, *seen[20:25]])    # batch > data
+
+
+def test_micro_batches_give_the_same_gradient(small):
+    x = torch.rand(7, 3, 16, 16)
+    y = x + 0.3 * normal(*x.shape)
+    gradients = []
+    for micro in 7, 3, 1:
+        model = copy.deepcopy(small)
+        losses = train.accumulate_gradient(model, x, y, 7, micro)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    direct = (independent_forward(small, y)[0] - x).pow(2).sum((1, 2, 3))
+    assert gap(losses, direct) < 1e-3            # Eq. 1: summed over pixels
+    assert max(gap(g, gradients[0]) for g in gradients) < 1e-5 * gradients[0].abs().max()
+
+
+def test_data_dependent_initialisation(small):
+    y = normal(16, 3, 16, 16)
+    train.initialise(small, y, [0.2, 0.4, 0.6])
+    outputs = []
+    hooks = [m.register_forward_hook(lambda m, i, o: outputs.append(o.detach().clone()))
+             for m in small.modules() if isinstance(m, nn.GroupNorm)]
+    x_hat = small(y)
+    for hook in hooks:
+        hook.remove()
+    assert gap(x_hat, torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1).expand_as(x_hat)) < 1e-6
+    assert len(outputs) == 2 * 2 + 3 + 2 * 6 - 2
+    for a in outputs:
+        assert gap(a.mean((0, 2, 3)), torch.zeros(a.shape[1])) < 1e-3
+        assert gap(a.std((0, 2, 3)), torch.ones(a.shape[1])) < 1e-2
+
+
+def test_training_reaches_the_wiener_solution():
+    # Gaussian pictures: E[x | y] is linear, its error has a closed form; Eq. 1's minimiser must come close.
+    n, sigma, g = 8, 0.5, torch.Generator().manual_seed(0)
+    f = torch.fft.fftfreq(n)
+    spectrum = 2 * torch.exp(-40 * (f[:, None] ** 2 + f[None] ** 2))           # λ_k: smooth, periodic
+    white = lambda m: torch.randn(m, 1, n, n, generator=g)
+    sample = lambda m: torch.fft.ifft2(torch.fft.fft2(white(m)) * spectrum.sqrt()).real
+    torch.manual_seed(0)
+    model = UNet(width=8, channels=1, levels=1)
+    train.initialise(model, sample(64) + sigma * torch.randn(64, 1, n, n, generator=g), [0.0])
+    steps, optimizer = 500, torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3 * train.learning_rate(step / steps / 2)
+        x = sample(64)
+        optimizer.zero_grad()
+        train.accumulate_gradient(model, x, x + sigma * torch.randn(x.shape, generator=g), 64, 64)
+        optimizer.step()
+    x = sample(2000)
+    y = x + sigma * torch.randn(x.shape, generator=g)
+    wiener = torch.fft.ifft2(torch.fft.fft2(y) * spectrum / (spectrum + sigma ** 2)).real
+    with torch.no_grad():
+        x_hat = model.denoise(y)
+    optimum = (spectrum * sigma ** 2 / (spectrum + sigma ** 2)).mean().item()
+    assert abs((wiener - x).square().mean().item() / optimum - 1) < 0.03       # the oracle is right
+    assert 0.98 < (x_hat - x).square().mean().item() / optimum < 1.25
+    assert (x_hat - wiener).square().mean() < 0.06 * (y - wiener).square().mean()
+
+
+FLAGS = dict(train.COMMON, size=8, width=2, levels=1, channels=1, batch=6, epochs=None, minutes=None)
+
+
+def tiny_data(folder, n=40):
+    path = folder / "tiny.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (n, 8, 8), np.uint8))
+    return str(path)
+
+
+def weights(path):
+    return load_checkpoint(path)[1]["weights"]
+
+
+def same(a, b):
+    return all(gap(a[k], b[k]) == 0 for k in a)
+
+
+def test_resume_is_exact(tmp_path, capsys):
+    flags = {**FLAGS, "data": tiny_data(tmp_path), "epochs": 4.0}
+    whole, halves = str(tmp_path / "whole.pt"), str(tmp_path / "halves.pt")
+    assert train.train(flags, whole)
+    calls = iter(range(1000))
+    assert not train.train(flags, halves, stop=lambda: next(calls) > 15)       # stops in the middle of a step
+    middle = load_checkpoint(halves)[1]
+    assert 0 < middle["step"] < load_checkpoint(whole)[1]["step"] == 26
+    assert train.train(flags, halves, resume=middle)
+    assert same(weights(whole), weights(halves))
+    a, b = (torch.load(p, weights_only=True)["optimizer"]["state"] for p in (whole, halves))
+    assert all(gap(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) == 0 for i in a)
+    saved = load_checkpoint(whole)[1]
+    assert set(saved["training"]["psnr"]) == set(train.SIGMAS)
+    assert saved["mean"][0] == pytest.approx(0.5, abs=0.02)
+    assert "already complete" not in capsys.readouterr().out
+    assert train.train(flags, whole, resume=saved) and "already complete" in capsys.readouterr().out
+    pictures, rows, held_out = train.checkpoint_pictures(saved)
+    assert len(rows) == 38 and len(held_out) == 2 and pictures.fingerprint == saved["fingerprint"]
+
+
+def test_killed_process_and_signals(tmp_path):
+    data = tiny_data(tmp_path)
+    command = ["train.py", "--data", data, "--size", 8, "--width", 2, "--levels", 1, "--channels", 1,
+               "--batch", 8, "--epochs", 60, "--device", "cpu"]
+    runs = {name: script(*command, "--out", tmp_path / f"{name}.pt", "--save-every", 0.05)
+            for name in ("whole", "killed", "stopped")}
+
+    def wait_for_saves(name, lines):
+        log, end = tmp_path / f"{name}.jsonl", time.time() + 40
+        while not log.exists() or log.read_text().count("\n") < lines:
+            assert time.time() < end and runs[name].poll() is None
+            time.sleep(0.005)
+
+    wait_for_saves("killed", 2)
+    runs["killed"].kill()
+    wait_for_saves("stopped", 1)
+    runs["stopped"].send_signal(signal.SIGTERM)
+    code, out, _ = finish(runs["stopped"])
+    assert code == 128 + signal.SIGTERM and "--resume" in out
+    finish(runs["killed"])
+    assert finish(runs["whole"])[0] == 0
+    end = load_checkpoint(tmp_path / "whole.pt")[1]["step"]
+    for name in "killed", "stopped":
+        assert 0 < load_checkpoint(tmp_path / f"{name}.pt")[1]["step"] < end
+        runs[name] = script("train.py", "--out", tmp_path / f"{name}.pt", "--resume", "--device", "cpu")
+    for name in "killed", "stopped":
+        assert finish(runs[name])[0] == 0
+        assert same(weights(tmp_path / "whole.pt"), weights(tmp_path / f"{name}.pt"))
+    with Image.open(tmp_path / "whole.png") as sheet:
+        assert sheet.width > 500 and np.ptp(np.asarray(sheet)) == 255
+    lines = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == end and all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_torchrun_gives_the_same_weights(tmp_path):
+    data = tiny_data(tmp_path)
+    flags = ["--data", data, "--size", 8, "--width", 2, "--levels", 1, "--channels", 1, "--batch", 7,
+             "--epochs", 2, "--device", "cpu", "--out"]
+    one = script("train.py", *flags, tmp_path / "one.pt")
+    two = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "train.py",
+                 *flags, tmp_path / "two.pt")
+    for process in one, two:
+        code, _, err = finish(process)
+        assert code == 0, err
+    a, b = weights(tmp_path / "one.pt"), weights(tmp_path / "two.pt")
+    assert max(gap(a[k], b[k]) for k in a) < 1e-5
+
+
+def test_minutes_and_lengthening(tmp_path):
+    flags = {**FLAGS, "data": tiny_data(tmp_path), "minutes": 0.02}
+    start = time.time()
+    assert train.train(flags, str(tmp_path / "a.pt"))
+    assert time.time() - start < 10
+    saved = load_checkpoint(tmp_path / "a.pt")[1]
+    assert saved["elapsed"] >= 1.2 and saved["training"]["lr"] == pytest.approx(1e-3 / 512)
+    longer = train.resolve({**dict.fromkeys({**train.COMMON, **train.PAPER}), "minutes": 0.04}, saved, "a.pt")
+    assert train.train(longer, str(tmp_path / "a.pt"), resume=saved)
+    assert load_checkpoint(tmp_path / "a.pt")[1]["step"] > saved["step"]
+
+
+def test_defaults_are_the_papers():
+    given = dict.fromkeys({**train.COMMON, **train.PAPER})
+    flags = train.resolve({**given, "data": "x"})
+    assert [flags[k] for k in ("size", "width", "levels", "batch", "epochs", "minutes", "sigma_max")] == [
+        64, 64, 3, 1024, 1000, None, 1]
+    assert train.resolve({**given, "data": "x", "minutes": 5.0})["epochs"] is None
+    builtin = train.resolve(given)
+    assert [builtin[k] for k in ("size", "width", "levels", "batch", "minutes")] == [32, 16, 2, 32, 10]
+    assert train.resolve({**given, "data": "disc"})["channels"] == 1
+    assert [train.resolve({**given, "size": s})["levels"] for s in (16, 40, 80, 160)] == [1, 2, 3, 4]
+
+
+def test_one_line_errors(tmp_path):
+    data, out = tiny_data(tmp_path), tmp_path / "out.pt"
+    empty, bad = tmp_path / "empty", tmp_path / "bad"
+    empty.mkdir()
+    bad.mkdir()
+    (bad / "x.png").write_text("no picture")
+    np.save(tmp_path / "float.npy", np.zeros((4, 8, 8)))
+    np.save(tmp_path / "single.npy", np.zeros((4, 8, 8), np.uint8))
+    np.savez(tmp_path / "none.npz", a=np.zeros(3))
+    (tmp_path / "cut.npy").write_bytes(Path(data).read_bytes()[:50])
+    small_run = {**FLAGS, "data": data, "epochs": 1.0}
+    train.train(small_run, str(tmp_path / "done.pt"))
+    broken = load_checkpoint(tmp_path / "done.pt")[1]
+    broken["weights"]["blocks.M.0.weight"][:] = float("inf")
+    torch.save(broken, tmp_path / "broken.pt")
+    before = (tmp_path / "broken.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))    # stands for a full disk
+    done = (tmp_path / "done.pt").read_bytes()
+    tiny = ["--data", data, "--size", 8, "--width", 2]
+    cases = {
+        "no such file": ["--data", tmp_path / "nowhere", "--out", out],
+        "looked for a folder": ["--data", empty, "--out", out],
+        "none of its 1 picture files": ["--data", bad, "--size", 8, "--out", out],
+        "must be uint8": ["--data", tmp_path / "float.npy", "--size", 8, "--out", out],
+        "only one distinct": ["--data", tmp_path / "single.npy", "--size", 8, "--out", out],
+        "holds no uint8 array": ["--data", tmp_path / "none.npz", "--size", 8, "--out", out],
+        "not a whole .npy": ["--data", tmp_path / "cut.npy", "--size", 8, "--out", out],
+        "multiple of 4": [*tiny, "--size", 30, "--out", out],
+        "unrecognized arguments: --widht": [*tiny, "--widht", 3, "--out", out],
+        "--batch: 0": [*tiny, "--batch", 0, "--out", out],
+        "invalid choice": [*tiny, "--channels", 2, "--out", out],
+        "positive number": ["--data", "calpha:-1", "--out", out],
+        "--resume goes on with it": [*tiny, "--out", tmp_path / "done.pt"],
+        "--width 3 contradicts": ["--width", 3, "--resume", "--out", tmp_path / "done.pt"],
+        "are not those": ["--resume", "--out", tmp_path / "moved.pt"],
+        "cannot be read": ["--resume", "--out", tmp_path / "missing.pt"],
+        "no such folder": [*tiny, "--out", tmp_path / "no" / "where.pt"],
+        "not available": [*tiny, "--device", "cuda:99", "--out", out],
+        "not finite at step": ["--resume", "--epochs", 2, "--out", tmp_path / "broken.pt", "--device", "cpu"],
+        "last save is intact": ["--resume", "--epochs", 2, "--out", tmp_path / "done.pt", "--device", "cpu"],
+    }
+    moved = copy.deepcopy(load_checkpoint(tmp_path / "done.pt")[1])
+    moved["fingerprint"] = "0"
+    torch.save(moved, tmp_path / "moved.pt")
+    # one process for all: importing torch takes longer than any of them; the full disk has one of its own
+    (tmp_path / "cases.json").write_text(json.dumps([list(map(str, c)) for c in list(cases.values())[:-1]]))
+    many = script("-c", "import contextlib, io, json, runpy, sys\n"
+                  f"for case in json.load(open({str(tmp_path / 'cases.json')!r})):\n"
+                  "    sys.argv, err = ['train.py', *case], io.StringIO()\n"
+                  "    try:\n"
+                  "        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):\n"
+                  "            runpy.run_path('train.py', run_name='__main__')\n"
+                  "    except SystemExit as stop:\n"
+                  "        print(json.dumps([stop.code, err.getvalue()]))\n")
+    disk = script("train.py", *cases["last save is intact"], preexec_fn=limit)
+    code, out_text, err = finish(many)
+    assert code == 0, err
+    results = [json.loads(line) for line in out_text.splitlines()]
+    code, _, err = finish(disk)
+    results.append([code, err])
+    assert len(results) == len(cases)
+    for words, (code, err) in zip(cases, results):
+        assert code == 2 and words in err and err.count("\n") == 1, (words, code, err)
+    assert not out.exists()
+    assert (tmp_path / "broken.pt").read_bytes() == before and (tmp_path / "done.pt").read_bytes() == done
+
+
+def test_help_and_bench(capsys):
+    process = script("train.py", "--help")
+    train.bench({**FLAGS, "width": 2, "levels": 1, "batch": 4}, None, "cpu", seconds=0.3)
+    bench = capsys.readouterr().out
+    assert all(float(n) > 0 for n in re.findall(r"([\d.]+) images/s", bench)) and bench.count("images/s") == 4
+    code, text, _ = finish(process)
+    assert code == 0 and all(words in text for words in ("--minutes", "--resume", "python train.py --data"))
