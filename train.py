@@ -52,7 +52,7 @@ class Pictures(NamedTuple):
 def flatten_mode(image):
     """A PIL image of any mode, upright, as 8-bit "L" or "RGB": alpha over white, 16 bits reduced to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("L", "RGB"):
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):             # 16-bit gray; convert("L") would clip it at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
@@ -595,7 +595,7 @@ def agree(numbers, device, op=dist.ReduceOp.SUM):
     """A few numbers, summed (or by `op`) over all processes, so that all of them decide alike."""
     if not dist.is_initialized():
         return numbers
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     dist.all_reduce(numbers, op)
     return numbers.tolist()
 
@@ -614,10 +614,10 @@ def sum_gradients(model):
 def initialise(model, y, mean):
     """One data-dependent pass: every LayerNorm scaled and shifted, and x̂ set to the mean colour.
 
-    y: (N, C, H, W), noisy: each channel of each LayerNorm gets mean 0 and variance 1 over it. mean: (C,). With
-    PyTorch's own initialisation all channels of M start almost alike, and φ stays a constant for more than 100,000
-    pictures. The output starts at the mean colour because Adam remembers the size of the first gradients for a
-    thousand steps: 300 steps of 32 photos then give 21.9 dB at σ = 0.1, and 19.8 dB without.
+    y: (N, C, H, W), noisy: each channel of each LayerNorm gets mean 0 and variance 1 over it. mean: (C,).
+    With PyTorch's own initialisation all channels of M start almost alike, and φ stays a constant for more
+    than 100,000 pictures. The output starts at the mean colour because Adam remembers the size of the first
+    gradients for a thousand steps: 300 steps of 32 photos then give 21.9 dB at σ = 0.1, and 19.8 dB without.
     """
     def whiten(norm, inputs, _):
         a = F.group_norm(inputs[0], 1, eps=norm.eps)
@@ -635,7 +635,7 @@ def initialise(model, y, mean):
 
 
 def learning_rate(progress):
-    """Adam's step size at a fraction of the run: halved every tenth (every 100 of 1000 epochs, A.3)."""
+    """Adam's step size after a fraction of the run: 1e-3, halved every tenth (A.3: 100 of 1000 epochs)."""
     return 1e-3 * 0.5 ** min(9, int(10 * progress))
 
 
@@ -703,8 +703,8 @@ def peak_memory(device):
 
 def fitting_micro_batch(flags, device):
     """Pictures whose activations fit: 256 MiB on a CPU (more is no faster), half of a GPU's free memory."""
-    # 8 layers twice, and 3 to join
     width, levels, size = flags["width"], flags["levels"], flags["size"]
+    # per level 8 layers, each kept before and after its normalisation, and three maps' worth of concatenation
     layers = sum(19 * width * 2 ** k * (size // 2 ** k) ** 2 for k in range(levels))
     layers += 6 * width * 2 ** levels * (size // 2 ** levels) ** 2
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 ** 28
@@ -717,7 +717,7 @@ class Progress:
     def __init__(self, flags, pictures, total, limit, seen, device):
         self.flags, self.pictures, self.total, self.limit, self.device = flags, pictures, total, limit, device
         self.first, self.start, self.shown = seen, time.time(), 0.0
-        self.loss, self.psnr, self.announced, self.line_open = math.nan, {}, False, False
+        self.loss, self.psnr, self.announced, self.line_open = None, {}, False, False
         self.quiet = dist.is_initialized() and dist.get_rank() > 0
 
     def rate(self, seen):
@@ -745,7 +745,7 @@ class Progress:
         self.shown = time.time()
         fraction = max(seen / self.total, elapsed / self.limit)
         line = (f"{100 * fraction:5.1f} %  epoch {seen / self.pictures:.2f}  "
-                + (f"loss {self.loss:.2f}  held-out PSNR " if self.psnr else "")
+                + (f"loss {self.loss:.2f}  held-out PSNR " if self.psnr and self.loss else "")
                 + " ".join(f"{v:.1f} dB (σ {k:g})" for k, v in self.psnr.items() if k in (0.1, 0.5))
                 + f"  {self.rate(seen):.0f} images/s  {duration(self.left(seen, elapsed))} left  "
                 f"{peak_memory(self.device):.1f} GiB")
@@ -785,7 +785,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
     architecture = {k: flags[k] for k in ("width", "channels", "levels")}
     pictures, rows, held_out = training_data(flags)
     if resume and resume["fingerprint"] != pictures.fingerprint:
-        raise UserError(f"--resume: the pictures in {flags['data']} are not those that {out} was trained on")
+        raise UserError(f"--data {flags['data']}: these are not the pictures that {out} was trained on")
     x_val = to_batch(pictures.x[held_out[:256]], device)
     mean = [float(np.mean([pictures.x[i, :, :, c].mean() for i in rows[:10_000]]) / 255)  # the mean colour m
             for c in range(flags["channels"])]
@@ -815,6 +815,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
         return True
     describe(progress, model, pictures, rows, held_out, micro, world, step)
     start, psnr, losses, evaluated, unsaved = time.time() - elapsed, {}, [], time.time(), None
+    mode = "a" if resume else "w"              # of the .jsonl
     share = slice(rank * batch // world, (rank + 1) * batch // world)
     while True:
         fraction = max(step / total, elapsed / limit)
@@ -852,7 +853,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
                 psnr = evaluate(model, x_val, micro, flags["sigma_max"], precision)
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise UserError(f"the weights are not finite after step {step}; {out} is as it was")
-            progress.loss, progress.psnr = float(np.mean(losses or [math.nan])), psnr
+            progress.loss, progress.psnr = float(np.mean(losses)) if losses else None, psnr
             record = dict(step=step, epoch=step * batch / len(rows), pictures_seen=step * batch,
                           loss=progress.loss, psnr=psnr, lr=learning_rate(fraction), minutes=elapsed / 60,
                           images_per_second=progress.rate(step * batch), memory_gib=peak_memory(device))
@@ -860,11 +861,11 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
                 save_checkpoint(out, dict(
                     format=FORMAT, model=architecture, weights=model.state_dict(),
                     optimizer=optimizer.state_dict(), size=flags["size"], sigma_max=flags["sigma_max"],
-                    mean=mean, flags=flags, step=step,
-                    elapsed=elapsed, fingerprint=pictures.fingerprint,
+                    mean=mean, flags=flags, step=step, elapsed=elapsed, fingerprint=pictures.fingerprint,
                     training={**record, "training_pictures": len(rows), "device": str(device)}))
-                with open(Path(out).with_suffix(".jsonl"), "a") as f:
+                with open(Path(out).with_suffix(".jsonl"), mode) as f:
                     f.write(json.dumps(record) + "\n")
+                mode = "a"
                 if psnr:
                     draw_evaluation(model, x_val[:8], psnr).save(Path(out).with_suffix(".png"))
                 unsaved = None
@@ -877,7 +878,8 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
     if unsaved:
         raise unsaved
     progress.say(f"{'complete' if complete else 'stopped'} after {step} steps, {duration(elapsed)}; "
-                 "held-out PSNR " + ", ".join(f"{v:.2f} dB (σ {k:g})" for k, v in psnr.items())
+                 "held-out PSNR "
+                 + (", ".join(f"{v:.2f} dB (σ {k:g})" for k, v in psnr.items()) or "not measured")
                  + f"\nwrote {out}, {Path(out).with_suffix('.jsonl')}, {Path(out).with_suffix('.png')}"
                  + ("" if complete else f"; go on with: python train.py --out {out} --resume"))
     return complete
@@ -1107,7 +1109,8 @@ def resolve(given, resume=None, path=""):
         saved = resume["flags"]
         for key, value in given.items():
             longer = key in ("epochs", "minutes") and (saved[key] or 0) <= value
-            if value != saved[key] and not longer:
+            moved = key == "data" and saved[key] is not None  # train() compares the pictures themselves
+            if value != saved[key] and not longer and not moved:
                 raise UserError(f"--{key.replace('_', '-')} {value} contradicts {path}, trained with "
                                 f"{saved[key]}; leave it out to go on, or give another --out")
         if given.keys() & {"epochs", "minutes"}:           # the new budget replaces the old one
@@ -1162,13 +1165,17 @@ def main():
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     stop = []
-    for name in signal.SIGINT, signal.SIGTERM:             # the second one kills
-        signal.signal(name, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
+
+    def on_signal(number, _):
+        stop.append(number)
+        if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, on_signal)
     if int(os.environ.get("RANK", 0)) == 0:
-        if not resume:
-            Path(out).with_suffix(".jsonl").unlink(missing_ok=True)
-            if given["data"] is None:
-                print("no --data: built-in pictures, small preset (32×32, width 16, batch 32, 10 minutes)")
+        if given["data"] is None and not resume:
+            print("no --data: built-in pictures, small preset (32×32, width 16, batch 32, 10 minutes)")
         if given["levels"] is None and not resume:
             print(f"levels        {flags['levels']}: the fewest with which M sees {flags['size']} pixels")
     train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
