@@ -799,7 +799,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
         optimizer.load_state_dict(resume["optimizer"])
         step, elapsed = resume["step"], resume["elapsed"]
     elif flags["init"] == "data":
-        first = batch_rows(rows, 0, min(batch, 256), seed)
+        first = batch_rows(rows, 0, min(batch, 64), seed)
         initialise(model, noisy_batch(pictures.x, first, 0, seed, flags["sigma_max"], device)[1], mean)
     for p in model.parameters() if world > 1 else ():
         dist.broadcast(p.data, 0)
@@ -827,7 +827,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
 
         def between():
             progress.update(step * batch + min(next(done), batch), time.time() - start)
-            return stop()
+            return stop() or time.time() - start >= limit
 
         optimizer.zero_grad(set_to_none=True)
         loss = accumulate_gradient(forward, x[share], y[share], batch, micro, precision, between)
@@ -837,12 +837,12 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
             raise UserError(f"the loss is not finite at step {step}"
                             + (f", σ {bad.min():.3f} to {bad.max():.3f}" if len(bad) else "")
                             + f"; the last save of {out} is as it was. Try another --seed or fp32")
-        if not cut:  # a step cut short by `stop` is dropped, and done again on --resume
+        if not cut:                            # a step cut short is dropped, and done again on --resume
             sum_gradients(model)
             optimizer.step()
             step += 1
             losses.append(total_loss / batch)
-        elapsed, stopped = agree([time.time() - start, cut or stop()], device, dist.ReduceOp.MAX)
+        elapsed, stopped = agree([time.time() - start, stop()], device, dist.ReduceOp.MAX)
         complete = step >= total or elapsed >= limit
         every = save_every or min(300, max(15, (elapsed + progress.left(step * batch, elapsed)) / 20))
         if not (stopped or complete or time.time() - evaluated > every):
