@@ -338,11 +338,14 @@ def split(pictures, val=0.05, seed=0):
     that leaves none.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
-    wanted = min(max(1, round(val * len(pictures.x))), 2000)
+    room = min(max(1, round(val * len(pictures.x))), 2000)
     held_out, train = [], []
     for group in members:
-        side = held_out if len(group) <= wanted - sum(map(len, held_out)) and len(members) > 1 else train
-        side.append(group)
+        if len(group) <= room and len(members) > 1:
+            held_out.append(group)
+            room -= len(group)
+        else:
+            train.append(group)
     if not held_out and len(members) > 1:      # every group is larger than asked for: the smallest one, then
         held_out.append(train.pop(min(range(len(train)), key=lambda g: len(train[g]))))
     if not held_out or not train:
@@ -555,7 +558,7 @@ def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
     sigma = draw_sigma(len(x), sigma_max, generator)
     # drawn with the channels last, as x lies in memory; contiguous normals are several times faster to draw
     z = torch.randn(len(x), *x.shape[2:], x.shape[1], generator=generator, device=device).permute(0, 3, 1, 2)
-    return x, x + sigma * z, sigma
+    return x, torch.addcmul(x, sigma, z), sigma
 
 
 @functools.lru_cache(maxsize=2)
@@ -951,8 +954,8 @@ def draw_evaluation(model, x, psnr):
 def bench(flags, micro_batch, device, seconds=20):
     """Print images/s of a training step, of its bare convolutions (both ways), and of φ; and peak memory.
 
-    The three are timed in turn, again and again, and the medians reported: other work on the machine then
-    slows all alike, and their ratios mean something.
+    They are timed in turn, again and again: other work on the machine slows all alike. Printed are medians,
+    for the ratios those over the rounds.
     """
     device, size, channels = torch.device(device), flags["size"], flags["channels"]
     model = UNet(flags["width"], channels, flags["levels"]).to(device)
@@ -993,26 +996,31 @@ def bench(flags, micro_batch, device, seconds=20):
     def half_pass():
         phi(model, x_micro, 0.3)
 
+    def repeat(f, n):
+        f()                                    # untimed: what ran before has emptied the caches
+        start = time.perf_counter()
+        for _ in range(n):
+            f()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / n
+
     x_micro = to_batch(pixels[:micro], device)
     images = {training_step: batch, bare_convolutions: micro, forward_pass: micro, half_pass: micro}
-    times = {f: [] for f in images}
-    end = None
-    while end is None or time.time() < end or len(times[half_pass]) < 3:
+    turns = {f: max(1, int(0.25 / repeat(f, 1))) for f in images}
+    times, end = {f: [] for f in images}, time.time() + seconds
+    while time.time() < end or len(times[half_pass]) < 3:
         for f in images:
-            start = time.perf_counter()
-            f()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if end:
-                times[f].append((time.perf_counter() - start) / images[f])
-        end = end or time.time() + seconds     # the first round only warms up
+            times[f].append(repeat(f, turns[f]) / images[f])
     step, convolutions, full, half = (1 / np.median(times[f]) for f in images)
+    ratio = lambda f, g: np.median(np.divide(times[g], times[f]))              # round by round
+    of_convolutions, of_forward = ratio(training_step, bare_convolutions), ratio(half_pass, forward_pass)
     print(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, "
           f"micro-batch {micro}, {flags['precision']}, {device}, {len(times[half_pass])} rounds\n"
           f"training step      {step:10.1f} images/s\n"
-          f"bare convolutions  {convolutions:10.1f} images/s   step / these {step / convolutions:.2f}\n"
+          f"bare convolutions  {convolutions:10.1f} images/s   training step / these {of_convolutions:.2f}\n"
           f"full forward pass  {full:10.1f} images/s\n"
-          f"phi                {half:10.1f} images/s   phi / forward pass   {half / full:.2f}\n"
+          f"phi                {half:10.1f} images/s   phi / forward pass {of_forward:.2f}\n"
           f"peak memory        {peak_memory(device):10.2f} GiB")
 
 

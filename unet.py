@@ -142,11 +142,12 @@ def phi(model, x, sigma, draws=1, generator=None, grad=False):
     ValueError as `encode` does.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+    n, c, h, w = x.shape                       # z is drawn channels last, as the network runs
     with torch.set_grad_enabled(grad):
         total = 0
         for _ in range(draws):
-            z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            total = total + model.encode(x + sigma * z)[0].mean((2, 3))
+            z = torch.randn(n, h, w, c, generator=generator, device=x.device, dtype=x.dtype)
+            total = total + model.encode(torch.addcmul(x, sigma, z.permute(0, 3, 1, 2)))[0].mean((2, 3))
         return total / draws
 
 
