@@ -1,0 +1,273 @@
+"""K-means by hand in torch: exact, k-means++ seeding, bounds that skip most distances (paper A: §2.5, App. B.3).
+
+    python kmeans.py figures/phi.npz --clusters 100 --out clusters.npz     # the file that analyze.py writes
+    python kmeans.py points.npy --clusters 100                             # any (n, d) array
+    python kmeans.py --bench 50000 512 500                                 # one fit against its matrix products
+"""
+import argparse
+import math
+import os
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+
+
+class KMeans:
+    """K-means: `n_clusters` centres that minimise the sum of squared distances of points to the nearest one.
+
+    n_clusters: K. init: "k-means++", or (K, d) starting centres (App. B.3 starts from class centroids too);
+    these leave nothing to chance, so `n_init` is then 1. n_init: restarts, of which the smallest inertia wins.
+    max_iter, tol: a run ends when no label changes, when the centres' total squared movement is at most tol ×
+    the mean variance of a column, or after max_iter iterations. seed: of the seeding; the same seed gives the
+    same result. device: where to compute; None: where x is. chunk_bytes: working memory beside x, its copy
+    and the bounds (at most a quarter of x); it does not change the result. progress: called as
+    progress(restart, iteration, labels changed).
+
+    After `fit`: cluster_centers_ (K, d), labels_ (n,), inertia_ (the sum of squared distances, the unit of x
+    squared), n_iter_; arrays if x was an array, tensors if it was a tensor. They agree with one another: every
+    run ends with an assignment.
+    """
+
+    def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
+                 chunk_bytes=2 ** 24, progress=None):
+        for name, value in dict(n_clusters=n_clusters, n_init=n_init, max_iter=max_iter).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if isinstance(init, str) and init != "k-means++":
+            raise ValueError(f'init is "{init}"; it must be "k-means++" or an array (n_clusters, d)')
+        self.n_clusters, self.init, self.n_init, self.max_iter = n_clusters, init, n_init, max_iter
+        self.tol, self.seed, self.device, self.chunk_bytes = tol, seed, device, chunk_bytes
+        self.progress = progress or (lambda *_: None)
+
+    def fit(self, x):
+        """Cluster x: (n, d), array or tensor, floating or integer. Returns self.
+
+        float64 and integers of 32 bits or more are computed in float64, all else in float32. Raises ValueError
+        for the wrong shape, NaN or infinite values, n < n_clusters. Warns if x has fewer distinct points than
+        n_clusters; the surplus clusters are then empty.
+        """
+        self._numpy, K = not torch.is_tensor(x), self.n_clusters
+        x = as_points(x, self.device)
+        n, d = x.shape
+        if n < K:
+            raise ValueError(f"{n} points cannot make {K} clusters; ask for at most {n}")
+        self._origin = x.mean(0)               # ‖x‖² − 2x·c + ‖c‖² cancels least around the mean
+        x = x - self._origin
+        xx = (x * x).sum(1)                    # (n,) ‖x‖²
+        if not xx.isfinite().all():
+            raise ValueError(f"row {int((~xx.isfinite()).nonzero()[0])} is so large that its square overflows; "
+                             "scale the points down")
+        if isinstance(self.init, str):
+            starts = seed_centers(x, xx, K, self.n_init, self.seed, self.chunk_bytes)
+        else:
+            init = as_points(self.init, x.device, "init").to(x.dtype)
+            if init.shape != (K, d):
+                raise ValueError(f"init has shape {tuple(init.shape)}; it must be ({K}, {d})")
+            starts = [init - self._origin]
+        tol = self.tol * float(xx.double().mean() if x.device.type != "mps" else xx.mean()) / d
+        self.inertia_ = math.inf
+        for restart, centers in enumerate(starts):
+            centers, labels, n_iter = lloyd(x, xx, centers, self.max_iter, tol, self.chunk_bytes,
+                                            lambda *state: self.progress(restart, *state))
+            inertia = float(own_distances(x, centers, labels, self.chunk_bytes).cpu().double().sum())
+            if inertia < self.inertia_:
+                self.inertia_, self.n_iter_, best = inertia, n_iter, (centers, labels)
+        self._centers = best[0]
+        found = len(best[1].unique())
+        if found < K:
+            warnings.warn(f"{found} clusters have points, {K} were asked for: fewer distinct points than clusters"
+                          if self.n_iter_ < self.max_iter else f"{K - found} clusters empty after max_iter")
+        self.cluster_centers_, self.labels_ = self._give(best[0] + self._origin), self._give(best[1])
+        return self
+
+    def predict(self, x):
+        """The label of the nearest centre, (n,), for x (n, d). Raises ValueError before `fit` or for a wrong d."""
+        if not hasattr(self, "labels_"):
+            raise ValueError("predict before fit: there are no centres yet")
+        x, c = as_points(x, self._centers.device).to(self._centers.dtype), self._centers
+        if x.shape[1] != c.shape[1]:
+            raise ValueError(f"x has {x.shape[1]} columns, the centres have {c.shape[1]}")
+        labels = [torch.addmm((c * c).sum(1), part - self._origin, c.T, alpha=-2).argmin(1)
+                  for part in x.split(chunk_rows(self.chunk_bytes, x, len(c)))]
+        return self._give(torch.cat(labels))
+
+    def _give(self, tensor):
+        return tensor.cpu().numpy() if self._numpy else tensor
+
+
+def as_points(x, device=None, name="x"):
+    """A finite (n, d) tensor in float32 or float64. Raises ValueError naming what is wrong and where."""
+    x = torch.as_tensor(x, device=device)
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (points, dimensions)")
+    wide = x.dtype in (torch.float64, torch.int32, torch.int64) and x.device.type != "mps"
+    x = x.to(torch.float64 if wide else torch.float32)
+    bad = ~x.sum(1).isfinite()                 # a sum may overflow without a bad value: look closer
+    if bad.any():
+        rows = bad.nonzero()[:, 0]
+        rows = rows[~x[rows].isfinite().all(1)]
+        if len(rows):
+            raise ValueError(f"{name} has NaN or infinite values, first in row {int(rows[0])}")
+    return x
+
+
+def chunk_rows(chunk_bytes, x, width):
+    """How many rows of x, with `width` numbers beside each, fit the budget."""
+    return max(1, chunk_bytes // (x.element_size() * (x.shape[1] + width)))
+
+
+def own_distances(x, c, labels, chunk_bytes):
+    """Squared distance of every point to its own centre, (n,), from differences: no cancellation."""
+    rows = chunk_rows(chunk_bytes, x, x.shape[1])
+    return torch.cat([(part - c[own]).square().sum(1) for part, own in zip(x.split(rows), labels.split(rows))])
+
+
+# Seeding: k-means++ (Arthur & Vassilvitskii 2007)
+
+def seed_centers(x, xx, K, restarts, seed, chunk_bytes):
+    """(restarts, K, d) starting centres, by greedy k-means++: D² sampling, the best of 2 + log K candidates.
+
+    All restarts are seeded side by side: each step then reads x twice, not twice per restart, and that is what
+    a step costs. Random numbers come from the CPU, so that all devices draw the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    (n, d), L = x.shape, 2 + int(math.log(K))
+    eps = torch.finfo(x.dtype).eps
+    rows = chunk_rows(chunk_bytes, x, 2 * restarts * L)
+
+    def distances(to, a):                      # squared, of rows a … to the points `to`: (len(to), m)
+        part = slice(a, a + rows)
+        d2 = torch.addmm(xx[to, None] + xx[part], x[to], x[part].T, alpha=-2)
+        return d2.masked_fill_(d2 < 8 * eps * (xx[to, None] + xx[part]), 0)    # rounding: the same point
+
+    chosen = torch.empty(restarts, K, dtype=torch.long, device=x.device)
+    nearest = x.new_full((restarts, n), math.inf)          # squared distance to the centres chosen so far
+    for k in range(K):
+        if k == 0:
+            best = torch.randint(n, (restarts,), generator=generator).to(x.device)
+        else:
+            mass = nearest.to(sums_device(x), torch.float64).cumsum(1)
+            u = torch.rand(restarts, L, generator=generator, dtype=torch.float64).to(mass.device)
+            candidates = torch.searchsorted(mass, (1 - u) * mass[:, -1:]).clamp_(max=n - 1).to(x.device)
+            potential = torch.zeros(restarts, L, dtype=torch.float64, device=mass.device)
+            for a in range(0, n, rows):
+                d2 = distances(candidates.flatten(), a).view(restarts, L, -1)
+                potential += torch.minimum(d2, nearest[:, None, a:a + rows]).to(mass).sum(2)
+            best = candidates.gather(1, potential.argmin(1, keepdim=True).to(x.device))[:, 0]
+        chosen[:, k] = best
+        for a in range(0, n, rows):
+            part = nearest[:, a:a + rows]
+            torch.minimum(part, distances(best, a), out=part)
+    return x[chosen]
+
+
+def sums_device(x):
+    """Where sums are kept in float64: beside x, or on the CPU if x's device has no float64."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+# Lloyd's algorithm, with the bounds of Yinyang K-means (Ding et al. 2015)
+
+def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
+    """Lloyd's algorithm from `centers` (K, d) on x (n, d), xx = ‖x‖² (n,) -> centres, labels (n,), iterations.
+
+    Exact: the labels are those of computing every distance. The centres are cut into t groups. For each point
+    `upper` bounds the distance to its own centre from above, `lower[g]` the distances to all others of group g
+    from below. When the centres move, the triangle inequality loosens a bound by the movement; a group whose
+    lower bound is still above the upper one cannot hold a nearer centre. Only what remains is computed, on
+    rows gathered before the product. `slack` covers rounding: doubtful cases are computed, never decided.
+    """
+    (n, d), K, inf = x.shape, len(centers), math.inf
+    t = max(1, min(-(-K // 8), d // 4))        # the bounds take at most a quarter of x's memory
+    s = -(-K // t)                             # centres in a group; the last groups are filled up with
+    t = -(-K // s)                             # centres at infinity
+    c, cc = x.new_zeros(t * s, d), x.new_full((t * s,), inf)
+    labels, upper, lower = torch.zeros(n, dtype=torch.long, device=x.device), x.new_zeros(n), x.new_zeros(t, n)
+    rows = chunk_rows(chunk_bytes, x, 3 * t * s)
+    eps = torch.finfo(x.dtype).eps
+    index = torch.arange(t * s, device=x.device)
+
+    def place(new):
+        """Put the centres at `new`; how far each has moved."""
+        moved = (new - c[:K]).square().sum(1).sqrt() * (1 + 8 * eps)
+        c[:K], cc[:K] = new, (new * new).sum(1)
+        return torch.cat([moved, moved.new_zeros(t * s - K)])
+
+    def slack(part):                           # rounding error of a squared distance got from a product
+        return 4 * eps * math.sqrt(d) * (xx[part].sqrt() + cc[:K].max().sqrt()).square()
+
+    def search(all_rows):
+        """All distances of these rows: their labels, and bounds without any slackness."""
+        for part in all_rows.split(rows):
+            d2 = torch.addmm(cc[:, None], c, x[part].T, alpha=-2)              # (t·s, m), less ‖x‖²
+            by_group = d2.view(t, s, -1)
+            group = by_group.amin(1).argmin(0)                                 # (m,)
+            value, label = by_group.gather(0, group.expand(1, s, -1))[0].min(0)
+            label += group * s
+            d2.scatter_(0, label[None], inf)                                   # the others only
+            labels[part], error = label, slack(part)
+            upper[part] = (value + xx[part]).clamp_(min=0).add_(error).sqrt_()
+            lower[:, part] = by_group.amin(1).add_(xx[part] - error).clamp_(min=0).sqrt_()
+
+    def reassign(moved):
+        """New labels after the centres have moved so far."""
+        moved_group = moved.view(t, s).amax(1)
+        for a in range(0, n, rows):
+            low, up, own = lower[:, a:a + rows], upper[a:a + rows], labels[a:a + rows]
+            low -= moved_group[:, None] + 8 * eps * low
+            up += moved[own] + 8 * eps * up
+            open_ = (low.amin(0) < up).nonzero()[:, 0]     # rows whose label is not yet certain
+            if not len(open_):
+                continue
+            y, own, norm, error = x[a + open_], own[open_], xx[a + open_], slack(a + open_)
+            near = (y - c[own]).square().sum(1).add_(error).sqrt_()            # the exact distance may do
+            up[open_] = near
+            low_open = low[:, open_]
+            need = low_open < near                         # (t, m)
+            again = need.sum(0) * 3 > t                    # too many groups: a whole row is cheaper
+            need &= ~again
+            for g in need.any(1).nonzero()[:, 0].tolist():
+                i, group = need[g].nonzero()[:, 0], slice(g * s, (g + 1) * s)
+                d2 = torch.addmm(cc[group, None], c[group], y[i].T, alpha=-2)  # (s, len(i))
+                d2.masked_fill_(index[group, None] == own[i], inf)
+                low_open[g, i] = (d2.amin(0) + norm[i] - error[i]).clamp_(min=0).sqrt_()
+                again[i] |= low_open[g, i] < near[i]
+            low[:, open_] = low_open
+            search(a + open_[again])
+
+    def fill_empty():
+        """Give each empty cluster the point farthest from its centre; False if none is left to give."""
+        distance = own_distances(x, c, labels, chunk_bytes)
+        for k in (counts == 0).nonzero()[:, 0].tolist():
+            free = distance.masked_fill((counts[labels] < 2) | (distance <= 8 * eps * xx), 0)
+            i = int(free.argmax())
+            if not free[i]:
+                return False
+            counts[labels[i]] -= 1
+            counts[k] += 1
+            labels[i], lower[:, i], upper[i], distance[i] = k, 0, inf, 0
+        return True
+
+    place(centers)
+    search(torch.arange(n, device=x.device))
+    sums = torch.zeros(K + 1, d, dtype=torch.float64, device=sums_device(x))
+    old = torch.full_like(labels, K)           # row K of the sums: points of no cluster yet
+    for n_iter in range(1, max_iter + 1):
+        counts = labels.bincount(minlength=K)
+        full = bool(counts.all()) or fill_empty()
+        for part in (labels != old).nonzero()[:, 0].split(rows):               # only what changed is summed
+            y = x[part].to(sums)
+            sums.index_add_(0, labels[part].to(sums.device), y).index_add_(0, old[part].to(sums.device), -y)
+        old = labels.clone()
+        means = (sums[:K] / counts.clamp(min=1).to(sums)[:, None]).to(x)
+        moved = place(torch.where(counts[:, None] > 0, means, c[:K]))
+        reassign(moved)
+        changed = int((labels != old).sum())
+        progress(n_iter, changed)
+        settled = float(moved.square().sum()) <= tol and (not full or bool(labels.bincount(minlength=K).all()))
+        if not changed or settled:
+            break
+    return c[:K], labels, n_iter
