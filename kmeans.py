@@ -32,7 +32,7 @@ class KMeans:
     """
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
-                 chunk_bytes=2 ** 24, progress=None):
+                 chunk_bytes=2 ** 23, progress=None):
         for name, value in dict(n_clusters=n_clusters, n_init=n_init, max_iter=max_iter).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -122,7 +122,12 @@ def chunk_rows(chunk_bytes, x, width):
 def own_distances(x, c, labels, chunk_bytes):
     """Squared distance of every point to its own centre, (n,), from differences: no cancellation."""
     rows = chunk_rows(chunk_bytes, x, x.shape[1])
-    return torch.cat([(part - c[own]).square().sum(1) for part, own in zip(x.split(rows), labels.split(rows))])
+    return torch.cat([squared_distances(part, c, own) for part, own in zip(x.split(rows), labels.split(rows))])
+
+
+def squared_distances(x, c, labels):
+    """‖x_i − c[labels_i]‖², (n,), in two passes over memory."""
+    return torch.linalg.vector_norm(c.index_select(0, labels).sub_(x), dim=1).square_()
 
 
 # Seeding: k-means++ (Arthur & Vassilvitskii 2007)
@@ -196,47 +201,52 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         c[:K], cc[:K] = new, (new * new).sum(1)
         return torch.cat([moved, moved.new_zeros(t * s - K)])
 
-    def slack(part):                           # rounding error of a squared distance got from a product
-        return 4 * eps * math.sqrt(d) * (xx[part].sqrt() + cc[:K].max().sqrt()).square()
+    def slack(norm):                           # rounding error of a squared distance got from a product
+        return 4 * eps * math.sqrt(d) * (norm.sqrt() + cc[:K].max().sqrt()).square()
 
-    def search(all_rows):
-        """All distances of these rows: their labels, and bounds without any slackness."""
-        for part in all_rows.split(rows):
-            d2 = torch.addmm(cc[:, None], c, x[part].T, alpha=-2)              # (t·s, m), less ‖x‖²
-            by_group = d2.view(t, s, -1)
-            group = by_group.amin(1).argmin(0)                                 # (m,)
-            value, label = by_group.gather(0, group.expand(1, s, -1))[0].min(0)
-            label += group * s
-            d2.scatter_(0, label[None], inf)                                   # the others only
-            labels[part], error = label, slack(part)
-            upper[part] = (value + xx[part]).clamp_(min=0).add_(error).sqrt_()
-            lower[:, part] = by_group.amin(1).add_(xx[part] - error).clamp_(min=0).sqrt_()
+    def search(y, norm):
+        """All distances of points y (m, d), norm = ‖y‖²: label, upper (m,), lower (t, m), as tight as can be."""
+        d2 = torch.addmm(cc[:, None], c, y.T, alpha=-2)    # (t·s, m), less ‖y‖²
+        by_group, error = d2.view(t, s, -1), slack(norm)
+        group = by_group.amin(1).argmin(0)                 # (m,)
+        value, label = by_group.gather(0, group.expand(1, s, -1))[0].min(0)
+        label += group * s
+        d2.scatter_(0, label[None], inf)                   # from here on, the others only
+        up = (value + norm).clamp_(min=0).add_(error).sqrt_()
+        return label, up, by_group.amin(1).add_(norm - error).clamp_(min=0).sqrt_()
 
     def reassign(moved):
         """New labels after the centres have moved so far."""
-        moved_group = moved.view(t, s).amax(1)
+        moved_group, share = moved.view(t, s).amax(1)[:, None], 0
         for a in range(0, n, rows):
-            low, up, own = lower[:, a:a + rows], upper[a:a + rows], labels[a:a + rows]
-            low -= moved_group[:, None] + 8 * eps * low
-            up += moved[own] + 8 * eps * up
-            open_ = (low.amin(0) < up).nonzero()[:, 0]     # rows whose label is not yet certain
-            if not len(open_):
+            y, norm, own = x[a:a + rows], xx[a:a + rows], labels[a:a + rows]
+            low, up = lower[:, a:a + rows], upper[a:a + rows]
+            if share > 0.5:                                # most rows of the last chunk needed everything
+                own[:], up[:], low[:] = search(y, norm)
                 continue
-            y, own, norm, error = x[a + open_], own[open_], xx[a + open_], slack(a + open_)
-            near = (y - c[own]).square().sum(1).add_(error).sqrt_()            # the exact distance may do
-            up[open_] = near
-            low_open = low[:, open_]
-            need = low_open < near                         # (t, m)
-            again = need.sum(0) * 3 > t                    # too many groups: a whole row is cheaper
+            low -= moved_group + 8 * eps * low
+            up += moved[own] + 8 * eps * up
+            rows_open = (low.amin(0) < up).nonzero()[:, 0]                     # their label is not yet certain
+            if not len(rows_open):
+                continue
+            y, norm, own_open = (v.index_select(0, rows_open) for v in (y, norm, own))
+            error, low_open = slack(norm), low.index_select(1, rows_open)
+            near = squared_distances(y, c, own_open).add_(error).sqrt_()       # the exact distance may do
+            up[rows_open] = near
+            need = low_open < near                         # (t, m): groups that may hold a nearer centre
+            again = need.sum(0) * 3 > t                    # so many that a whole row is cheaper
             need &= ~again
             for g in need.any(1).nonzero()[:, 0].tolist():
                 i, group = need[g].nonzero()[:, 0], slice(g * s, (g + 1) * s)
-                d2 = torch.addmm(cc[group, None], c[group], y[i].T, alpha=-2)  # (s, len(i))
-                d2.masked_fill_(index[group, None] == own[i], inf)
-                low_open[g, i] = (d2.amin(0) + norm[i] - error[i]).clamp_(min=0).sqrt_()
-                again[i] |= low_open[g, i] < near[i]
-            low[:, open_] = low_open
-            search(a + open_[again])
+                d2 = torch.addmm(cc[group, None], c[group], y.index_select(0, i).T, alpha=-2)      # (s, len(i))
+                d2.masked_fill_(index[group, None] == own_open[i], inf)
+                low_open[g, i] = d2.amin(0).add_(norm[i] - error[i]).clamp_(min=0).sqrt_()
+            again |= (low_open < near).any(0)
+            low.index_copy_(1, rows_open, low_open)
+            i = again.nonzero()[:, 0]
+            share, rows_open = len(i) / len(own), rows_open[i]
+            own[rows_open], up[rows_open], tight = search(y.index_select(0, i), norm[i])
+            low.index_copy_(1, rows_open, tight)
 
     def fill_empty():
         """Give each empty cluster the point farthest from its centre; False if none is left to give."""
@@ -252,15 +262,17 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         return True
 
     place(centers)
-    search(torch.arange(n, device=x.device))
+    for a in range(0, n, rows):
+        labels[a:a + rows], upper[a:a + rows], lower[:, a:a + rows] = search(x[a:a + rows], xx[a:a + rows])
     sums = torch.zeros(K + 1, d, dtype=torch.float64, device=sums_device(x))
     old = torch.full_like(labels, K)           # row K of the sums: points of no cluster yet
     for n_iter in range(1, max_iter + 1):
         counts = labels.bincount(minlength=K)
         full = bool(counts.all()) or fill_empty()
-        for part in (labels != old).nonzero()[:, 0].split(rows):               # only what changed is summed
-            y = x[part].to(sums)
-            sums.index_add_(0, labels[part].to(sums.device), y).index_add_(0, old[part].to(sums.device), -y)
+        for part in (labels != old).nonzero()[:, 0].split(max(1, rows // 4)):  # only what changed is summed
+            y = x.index_select(0, part).to(sums)
+            sums.index_add_(0, labels[part].to(sums.device), y)
+            sums.index_add_(0, old[part].to(sums.device), y, alpha=-1)
         old = labels.clone()
         means = (sums[:K] / counts.clamp(min=1).to(sums)[:, None]).to(x)
         moved = place(torch.where(counts[:, None] > 0, means, c[:K]))
