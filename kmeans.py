@@ -32,7 +32,7 @@ class KMeans:
     """
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
-                 chunk_bytes=2 ** 23, progress=None):
+                 chunk_bytes=2 ** 25, progress=None):
         for name, value in dict(n_clusters=n_clusters, n_init=n_init, max_iter=max_iter).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -191,9 +191,13 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     t = -(-K // s)                             # centres at infinity
     c, cc = x.new_zeros(t * s, d), x.new_full((t * s,), inf)
     labels, upper, lower = torch.zeros(n, dtype=torch.long, device=x.device), x.new_zeros(n), x.new_zeros(t, n)
-    rows = chunk_rows(chunk_bytes, x, 3 * t * s)
+    rows = chunk_rows(chunk_bytes, x, d + 3 * t * s)
     eps = torch.finfo(x.dtype).eps
     index = torch.arange(t * s, device=x.device)
+    buffer = x.new_empty(2, min(rows, n), d)   # fresh memory is slower than the arithmetic done in it
+
+    def gather(points, rows, which):
+        return torch.index_select(points, 0, rows, out=buffer[which, :len(rows)])
 
     def place(new):
         """Put the centres at `new`; how far each has moved."""
@@ -229,23 +233,23 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
             rows_open = (low.amin(0) < up).nonzero()[:, 0]                     # their label is not yet certain
             if not len(rows_open):
                 continue
-            y, norm, own_open = (v.index_select(0, rows_open) for v in (y, norm, own))
+            y, norm, own_open = gather(y, rows_open, 0), norm[rows_open], own[rows_open]
             error, low_open = slack(norm), low.index_select(1, rows_open)
-            near = squared_distances(y, c, own_open).add_(error).sqrt_()       # the exact distance may do
+            near = gather(c, own_open, 1).sub_(y).square_().sum(1).add_(error).sqrt_()     # this may do
             up[rows_open] = near
             need = low_open < near                         # (t, m): groups that may hold a nearer centre
             again = need.sum(0) * 3 > t                    # so many that a whole row is cheaper
             need &= ~again
             for g in need.any(1).nonzero()[:, 0].tolist():
                 i, group = need[g].nonzero()[:, 0], slice(g * s, (g + 1) * s)
-                d2 = torch.addmm(cc[group, None], c[group], y.index_select(0, i).T, alpha=-2)      # (s, len(i))
+                d2 = torch.addmm(cc[group, None], c[group], gather(y, i, 1).T, alpha=-2)           # (s, len(i))
                 d2.masked_fill_(index[group, None] == own_open[i], inf)
                 low_open[g, i] = d2.amin(0).add_(norm[i] - error[i]).clamp_(min=0).sqrt_()
             again |= (low_open < near).any(0)
             low.index_copy_(1, rows_open, low_open)
             i = again.nonzero()[:, 0]
             share, rows_open = len(i) / len(own), rows_open[i]
-            own[rows_open], up[rows_open], tight = search(y.index_select(0, i), norm[i])
+            own[rows_open], up[rows_open], tight = search(gather(y, i, 1), norm[i])
             low.index_copy_(1, rows_open, tight)
 
     def fill_empty():
@@ -270,7 +274,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         counts = labels.bincount(minlength=K)
         full = bool(counts.all()) or fill_empty()
         for part in (labels != old).nonzero()[:, 0].split(max(1, rows // 4)):  # only what changed is summed
-            y = x.index_select(0, part).to(sums)
+            y = gather(x, part, 0).to(sums)
             sums.index_add_(0, labels[part].to(sums.device), y)
             sums.index_add_(0, old[part].to(sums.device), y, alpha=-1)
         old = labels.clone()
@@ -283,3 +287,127 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         if not changed or settled:
             break
     return c[:K], labels, n_iter
+
+
+# How clusters relate to classes (App. B.3)
+
+def contingency(a, b):
+    """Counts (A, B) of how often label i of `a` meets label j of `b`; a, b: (n,) of any type."""
+    a, b = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
+    return np.bincount(a * (b.max() + 1) + b, minlength=(a.max() + 1) * (b.max() + 1)).reshape(a.max() + 1, -1)
+
+
+def purity(clusters, classes):
+    """Share of points that belong to the commonest class of their cluster, in (0, 1]."""
+    return float(contingency(clusters, classes).max(1).sum() / len(clusters))
+
+
+def normalised_mutual_information(a, b):
+    """I(a; b) over the mean of H(a) and H(b): 1 for the same partition, 0 for independent ones (Strehl 2002)."""
+    p = contingency(a, b) / len(a)
+    h = [-(q[q > 0] * np.log(q[q > 0])).sum() for q in (p.sum(1), p.sum(0), p.ravel())]
+    return float(2 * (h[0] + h[1] - h[2]) / (h[0] + h[1])) if h[0] + h[1] > 0 else 1.0
+
+
+# Command line
+
+def load_points(path):
+    """The (n, d) array of a .npy, or `phi` of a .npz with its other entries. Raises ValueError."""
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.endswith(".npy") else None)
+        if isinstance(loaded, np.ndarray):
+            return loaded, {}
+        with loaded:
+            if "phi" not in loaded:
+                raise ValueError(f"has no array `phi`, only {', '.join(loaded) or 'nothing'}")
+            return loaded["phi"], {k: loaded[k] for k in ("paths", "labels") if k in loaded}
+    except Exception as error:                 # whatever numpy finds wrong with the file
+        raise ValueError(f"{path}: {error}") from None
+
+
+def bench(n, d, K, device):
+    """Print the time of one fit, of the matrix products that plain Lloyd needs, and their ratio."""
+    r = np.random.default_rng(0)               # like φ: clustered, non-negative, many zeros
+    x = np.maximum(r.standard_normal((K, d)) - 0.5, 0)[r.integers(K, size=n)] * r.gamma(4, 0.25, (n, 1))
+    x = torch.from_numpy(np.maximum(x + 0.6 * r.standard_normal((n, d)) - 0.3, 0).astype(np.float32)).to(device)
+    init, rows = x[torch.from_numpy(r.permutation(n)[:K]).to(device)], 2048
+
+    def seconds(f):
+        start = time.perf_counter()
+        f()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    model = KMeans(K, init=init, tol=0)
+    fit = np.median([seconds(lambda: model.fit(x)) for _ in range(3)])
+    out = x.new_empty(rows, K)
+    products = np.median([seconds(lambda: [torch.mm(part, init.T, out=out[:len(part)]) for part in x.split(rows)])
+                          for _ in range(3)]) * (model.n_iter_ + 1)
+    print(f"{n} × {d}, K = {K}, {x.device}: one fit {fit:.2f} s ({model.n_iter_} iterations), "
+          f"its matrix products in full {products:.2f} s, ratio {fit / products:.2f}")
+
+
+def main():
+    """The command line's work."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (print(f"kmeans.py: {message}", file=sys.stderr), sys.exit(2))
+    add = parser.add_argument
+    add("points", nargs="?", help="phi.npz of analyze.py, or a .npy of shape (n, d)")
+    add("--clusters", type=int, default=100, help="K (default: 100; the paper: 100, 1000 and 10000)")
+    add("--n-init", type=int, default=10, help="restarts (default: 10)")
+    add("--max-iter", type=int, default=300, help="iterations at most (default: 300)")
+    add("--tol", type=float, default=1e-4, help="stop below this movement of the centres (default: 1e-4)")
+    add("--seed", type=int, default=0, help="of the seeding (default: 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--out", default="clusters.npz", help="default: %(default)s")
+    add("--force", action="store_true", help="overwrite --out")
+    add("--bench", type=int, nargs=3, metavar=("n", "d", "K"), help="only measure speed at this size")
+    flags = parser.parse_args()
+    try:
+        torch.zeros(1, device=flags.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {flags.device}: not available here") from None
+    if flags.bench:
+        return bench(*flags.bench, flags.device)
+    if not flags.points:
+        raise ValueError("no file given; python kmeans.py phi.npz --clusters 100")
+    if not flags.out.endswith(".npz"):
+        raise ValueError(f"--out {flags.out}: the name must end in .npz")
+    if os.path.exists(flags.out) and not flags.force:
+        raise ValueError(f"--out {flags.out} exists; --force overwrites it")
+    x, source = load_points(flags.points)
+    start, end = time.time(), "\r" if sys.stderr.isatty() else "\n"
+
+    def progress(restart, iteration, changed):
+        done, taken = restart + iteration / flags.max_iter, time.time() - start
+        if end == "\r" or iteration % 25 == 0:
+            left = f"at most {taken * (flags.n_init / done - 1):.0f} s left"
+            print(f"restart {restart + 1}/{flags.n_init}  iteration {iteration}  {changed} labels changed  "
+                  f"{taken:.0f} s, {left}   ", end=end, file=sys.stderr, flush=True)
+
+    model = KMeans(flags.clusters, n_init=flags.n_init, max_iter=flags.max_iter, tol=flags.tol, seed=flags.seed,
+                   device=flags.device, progress=progress).fit(np.asarray(x))
+    sizes = np.bincount(model.labels_, minlength=flags.clusters)
+    print(f"{len(x)} points of {x.shape[1]} dimensions, {flags.clusters} clusters of {sizes.min()} to {sizes.max()} "
+          f"points (median {np.median(sizes):.0f})\n"
+          f"inertia {model.inertia_:.6g}, {model.n_iter_} iterations, {time.time() - start:.1f} s")
+    known = np.asarray(source.get("labels", np.full(len(x), -1)))
+    known = known >= 0 if known.dtype.kind in "iu" else known != ""
+    if known.any() and len(known) == len(x):
+        a, b = model.labels_[known], source["labels"][known]
+        print(f"against {len(np.unique(b))} classes: purity {purity(a, b):.3f}, normalised mutual information "
+              f"{normalised_mutual_information(a, b):.3f}")
+    temporary = flags.out + ".tmp.npz"
+    np.savez(temporary, centers=model.cluster_centers_, labels=model.labels_, inertia=model.inertia_,
+             paths=source.get("paths", np.arange(len(x)).astype(str)))
+    os.replace(temporary, flags.out)
+    print(f"wrote {flags.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"kmeans.py: {error}", file=sys.stderr)
+        sys.exit(2)

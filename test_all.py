@@ -1,6 +1,8 @@
 """Tests: python -m pytest test_all.py (offline, CPU, no data needed)."""
 import copy
+import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -19,6 +21,7 @@ from torch import nn
 
 import train
 import unet
+from kmeans import KMeans, normalised_mutual_information, purity, seed_centers
 from unet import UNet, UserError, load_checkpoint, phi, receptive_field
 
 HERE = Path(__file__).parent
@@ -666,3 +669,118 @@ def test_help_and_bench(capsys):
     assert all(float(n) > 0 for n in re.findall(r"([\d.]+) images/s", bench)) and bench.count("images/s") == 4
     code, text, _ = finish(process)
     assert code == 0 and all(words in text for words in ("--minutes", "--resume", "python train.py --data"))
+
+
+# kmeans.py
+
+def plain_lloyd(x, c, iterations):
+    """Every distance, in float64; yields (labels, centres, inertia) after each step."""
+    x, c = x.astype(np.float64), c.astype(np.float64)
+    for _ in range(iterations):
+        labels = ((x[:, None] - c) ** 2).sum(2).argmin(1)
+        c = np.stack([x[labels == k].mean(0) if (labels == k).any() else c[k] for k in range(len(c))])
+        d2 = ((x[:, None] - c) ** 2).sum(2)
+        yield d2.argmin(1), c, d2.min(1).sum()
+
+
+def blobs(n=600, d=20, K=12, seed=0):
+    r = np.random.default_rng(seed)
+    return np.maximum(r.normal(size=(K, d))[r.integers(K, size=n)] + 0.5 * r.normal(size=(n, d)), 0)
+
+
+def test_kmeans_all_partitions():
+    for seed in range(5):
+        x, best = np.random.default_rng(seed).normal(size=(8, 2)), math.inf
+        for labels in itertools.product(range(3), repeat=8):
+            labels = np.array(labels)
+            best = min(best, sum(((x[labels == k] - x[labels == k].mean(0)) ** 2).sum() for k in set(labels)))
+        model = KMeans(3, n_init=50, tol=0, seed=seed).fit(x)
+        assert abs(model.inertia_ - best) < 1e-9
+
+
+def test_kmeans_is_plain_lloyd_step_by_step():
+    for K, d in ((40, 20), (7, 3)):            # several groups of centres; a single one
+        x = blobs(d=d)
+        init, before = x[np.random.default_rng(1).permutation(len(x))[:K]], math.inf
+        for steps, (labels, centers, inertia) in enumerate(plain_lloyd(x, init, 15), 1):
+            for size in (1, 2 ** 14, 2 ** 25):
+                if size > 1 or steps == 4:
+                    model = KMeans(K, init, max_iter=steps, tol=0, chunk_bytes=size).fit(x)
+                    assert (model.labels_ == labels).all() and model.n_iter_ <= steps
+                    assert abs(model.cluster_centers_ - centers).max() < 1e-12
+                    assert abs(model.inertia_ - inertia) < 1e-9 * inertia
+            assert inertia <= before + 1e-9
+            before = inertia
+    assert (model.predict(x) == model.labels_).all()
+
+
+def test_kmeans_corners():
+    x = blobs(60, 5, 3)
+    x[:, 2] = 4                                # a constant column
+    one, every = KMeans(1).fit(x), KMeans(60, n_init=1).fit(x)
+    assert abs(one.cluster_centers_ - x.mean(0)).max() < 1e-12 and one.inertia_ == pytest.approx(
+        ((x - x.mean(0)) ** 2).sum(), rel=1e-12)
+    assert every.inertia_ < 1e-20 and sorted(every.labels_) == list(range(60))
+    far = np.concatenate([x[:2], x[:1] + 1e3, x[:1] + 2e3, x[:1] + 3e3])       # three empty clusters at first
+    model = KMeans(5, far, tol=0).fit(x)
+    assert set(model.labels_) == set(range(5))
+    assert (((x[:, None] - model.cluster_centers_) ** 2).sum(2).argmin(1) == model.labels_).all()
+    assert model.inertia_ == pytest.approx(((x - model.cluster_centers_[model.labels_]) ** 2).sum(), rel=1e-12)
+    two = np.repeat([[0.0, 1], [3, 4]], 10, 0)
+    with pytest.warns(UserWarning, match="2 clusters have points, 4 were asked for"):
+        assert KMeans(4).fit(two).inertia_ == 0
+    half = KMeans(3).fit(torch.from_numpy(x).half())
+    assert torch.is_tensor(half.labels_) and half.cluster_centers_.dtype == torch.float32
+    exact = KMeans(3).fit(x)
+    assert abs(half.inertia_ / exact.inertia_ - 1) < 1e-2
+    integers = np.random.default_rng(0).integers(0, 9, (50, 4))
+    assert KMeans(4).fit(integers).inertia_ == KMeans(4).fit(integers.astype(np.float64)).inertia_
+    a, b = (KMeans(6, seed=3, chunk_bytes=size).fit(x) for size in (1, 2 ** 25))
+    assert (a.labels_ == b.labels_).all() and abs(a.inertia_ - b.inertia_) < 1e-12 * a.inertia_
+    assert (KMeans(6, seed=3).fit(x).labels_ == b.labels_).all()
+    seeds = seed_centers(torch.from_numpy(x), torch.from_numpy((x * x).sum(1)), 10, 4, 0, 2 ** 20)
+    assert seeds.shape == (4, 10, 5) and all(len(s.unique(dim=0)) == 10 for s in seeds)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: KMeans(2).fit(np.where(np.arange(20)[:, None] == 7, np.nan, x)), "NaN or infinite.*row 7"),
+    (lambda x: KMeans(21).fit(x), "20 points cannot make 21 clusters"),
+    (lambda x: KMeans(2).fit(x[0]), r"shape \(3,\)"), (lambda x: KMeans(0), "n_clusters is 0"),
+    (lambda x: KMeans(2).predict(x), "predict before fit"), (lambda x: KMeans(2, init="best"), "k-means"),
+    (lambda x: KMeans(2, init=x[:3]).fit(x), r"init has shape \(3, 3\); it must be \(2, 3\)"),
+    (lambda x: KMeans(2).fit(x).predict(x[:, :2]), "2 columns, the centres have 3"),
+    (lambda x: KMeans(2).fit(x * np.float64(1e200)), "row 0 is so large")])
+def test_kmeans_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.random.default_rng(0).normal(size=(20, 3)))
+
+
+def test_purity_and_mutual_information():
+    clusters, classes = np.array([0, 0, 0, 1, 1, 1]), np.array(list("aabbbb"))
+    assert purity(clusters, classes) == 5 / 6
+    # H(clusters) = log 2; H(classes) = log 3 − 2/3 log 2; joint cells 2/6, 1/6, 3/6
+    h, g = math.log(2), math.log(3) - 2 / 3 * math.log(2)
+    joint = math.log(3) / 3 + math.log(6) / 6 + math.log(2) / 2
+    assert abs(normalised_mutual_information(clusters, classes) - 2 * (h + g - joint) / (h + g)) < 1e-12
+    assert normalised_mutual_information(clusters, clusters * 5) == pytest.approx(1, abs=1e-12)
+
+
+def test_kmeans_command_line(tmp_path):
+    x = blobs(90, 6, 3).astype(np.float32)
+    np.savez(tmp_path / "phi.npz", phi=x, paths=np.array([f"{i}.png" for i in range(90)]), labels=np.arange(90) % 3)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "other.npz", a=x)
+
+    def kmeans(*words):
+        run = script("kmeans.py", *words, "--out", tmp_path / "clusters.npz")
+        out, err = run.communicate()
+        return run.returncode, out, err
+
+    code, out, _ = kmeans(tmp_path / "phi.npz", "--clusters", 3)
+    assert code == 0 and "purity" in out and "inertia" in out
+    with np.load(tmp_path / "clusters.npz") as saved:
+        assert saved["centers"].shape == (3, 6) and saved["labels"].shape == (90,) and saved["paths"][7] == "7.png"
+    for words, message in (([tmp_path / "x.npy"], "exists; --force"), ([tmp_path / "other.npz", "--force"], "no array"),
+                           ([tmp_path / "none.npz", "--force"], "none.npz"), (["--clustres", 3], "unrecognized")):
+        code, _, err = kmeans(*words)
+        assert code == 2 and message in err and err.count("\n") == 1
