@@ -1,8 +1,8 @@
-"""K-means by hand in torch: exact, k-means++ seeding, bounds that skip most distances (paper A: §2.5, App. B.3).
+"""K-means by hand in torch: exact, seeded by k-means++, most distances skipped (paper A: §2.5, App. B.3).
 
     python kmeans.py figures/phi.npz --clusters 100 --out clusters.npz     # the file that analyze.py writes
     python kmeans.py points.npy --clusters 100                             # any (n, d) array
-    python kmeans.py --bench 50000 512 500                                 # one fit against its matrix products
+    python kmeans.py --bench 50000 512 500                              # one fit against its matrix products
 """
 import argparse
 import math
@@ -19,7 +19,7 @@ class KMeans:
     """K-means: `n_clusters` centres that minimise the sum of squared distances of points to the nearest one.
 
     n_clusters: K. init: "k-means++", or (K, d) starting centres (App. B.3 starts from class centroids too);
-    these leave nothing to chance, so `n_init` is then 1. n_init: restarts, of which the smallest inertia wins.
+    these leave nothing to chance, so `n_init` is then 1. n_init: restarts; the smallest inertia wins.
     max_iter, tol: a run ends when no label changes, when the centres' total squared movement is at most tol ×
     the mean variance of a column, or after max_iter iterations. seed: of the seeding; the same seed gives the
     same result. device: where to compute; None: where x is. chunk_bytes: working memory beside x, its copy
@@ -27,8 +27,8 @@ class KMeans:
     progress(restart, iteration, labels changed).
 
     After `fit`: cluster_centers_ (K, d), labels_ (n,), inertia_ (the sum of squared distances, the unit of x
-    squared), n_iter_; arrays if x was an array, tensors if it was a tensor. They agree with one another: every
-    run ends with an assignment.
+    squared), n_iter_; arrays if x was an array, tensors if it was a tensor. They agree with one another:
+    every run ends with an assignment.
     """
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
@@ -45,9 +45,9 @@ class KMeans:
     def fit(self, x):
         """Cluster x: (n, d), array or tensor, floating or integer. Returns self.
 
-        float64 and integers of 32 bits or more are computed in float64, all else in float32. Raises ValueError
-        for the wrong shape, NaN or infinite values, n < n_clusters. Warns if x has fewer distinct points than
-        n_clusters; the surplus clusters are then empty.
+        float64 and integers of 32 bits or more are computed in float64, all else in float32. Raises
+        ValueError for the wrong shape, NaN or infinite values, n < n_clusters. Warns if x has fewer distinct
+        points than n_clusters; the surplus clusters are then empty.
         """
         self._numpy, K = not torch.is_tensor(x), self.n_clusters
         x = as_points(x, self.device)
@@ -58,8 +58,8 @@ class KMeans:
         x = x - self._origin
         xx = (x * x).sum(1)                    # (n,) ‖x‖²
         if not xx.isfinite().all():
-            raise ValueError(f"row {int((~xx.isfinite()).nonzero()[0])} is so large that its square overflows; "
-                             "scale the points down")
+            row = int((~xx.isfinite()).nonzero()[0])
+            raise ValueError(f"row {row} is so large that its square overflows; scale the points down")
         if isinstance(self.init, str):
             starts = seed_centers(x, xx, K, self.n_init, self.seed, self.chunk_bytes)
         else:
@@ -78,13 +78,14 @@ class KMeans:
         self._centers = best[0]
         found = len(best[1].unique())
         if found < K:
-            warnings.warn(f"{found} clusters have points, {K} were asked for: fewer distinct points than clusters"
-                          if self.n_iter_ < self.max_iter else f"{K - found} clusters empty after max_iter")
+            why = ("fewer distinct points than clusters" if self.n_iter_ < self.max_iter
+                   else "max_iter too small")
+            warnings.warn(f"{found} clusters have points, {K} were asked for: {why}")
         self.cluster_centers_, self.labels_ = self._give(best[0] + self._origin), self._give(best[1])
         return self
 
     def predict(self, x):
-        """The label of the nearest centre, (n,), for x (n, d). Raises ValueError before `fit` or for a wrong d."""
+        """The label (n,) of the centre nearest to x (n, d). Raises ValueError before `fit`, or if d differs."""
         if not hasattr(self, "labels_"):
             raise ValueError("predict before fit: there are no centres yet")
         x, c = as_points(x, self._centers.device).to(self._centers.dtype), self._centers
@@ -122,12 +123,9 @@ def chunk_rows(chunk_bytes, x, width):
 def own_distances(x, c, labels, chunk_bytes):
     """Squared distance of every point to its own centre, (n,), from differences: no cancellation."""
     rows = chunk_rows(chunk_bytes, x, x.shape[1])
-    return torch.cat([squared_distances(part, c, own) for part, own in zip(x.split(rows), labels.split(rows))])
-
-
-def squared_distances(x, c, labels):
-    """‖x_i − c[labels_i]‖², (n,), in two passes over memory."""
-    return torch.linalg.vector_norm(c.index_select(0, labels).sub_(x), dim=1).square_()
+    parts = zip(x.split(rows), labels.split(rows))
+    return torch.cat([torch.linalg.vector_norm(c.index_select(0, own).sub_(part), dim=1).square_()
+                      for part, own in parts])
 
 
 # Seeding: k-means++ (Arthur & Vassilvitskii 2007)
@@ -135,8 +133,8 @@ def squared_distances(x, c, labels):
 def seed_centers(x, xx, K, restarts, seed, chunk_bytes):
     """(restarts, K, d) starting centres, by greedy k-means++: D² sampling, the best of 2 + log K candidates.
 
-    All restarts are seeded side by side: each step then reads x twice, not twice per restart, and that is what
-    a step costs. Random numbers come from the CPU, so that all devices draw the same.
+    All restarts are seeded side by side: each step then reads x twice, not twice per restart, and that is
+    what a step costs. Random numbers come from the CPU, so that all devices draw the same.
     """
     generator = torch.Generator().manual_seed(seed)
     (n, d), L = x.shape, 2 + int(math.log(K))
@@ -177,12 +175,12 @@ def sums_device(x):
 # Lloyd's algorithm, with the bounds of Yinyang K-means (Ding et al. 2015)
 
 def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
-    """Lloyd's algorithm from `centers` (K, d) on x (n, d), xx = ‖x‖² (n,) -> centres, labels (n,), iterations.
+    """Lloyd's algorithm from `centers` (K, d) on x (n, d), xx = ‖x‖² (n,) -> centres, labels, iterations.
 
     Exact: the labels are those of computing every distance. The centres are cut into t groups. For each point
-    `upper` bounds the distance to its own centre from above, `lower[g]` the distances to all others of group g
-    from below. When the centres move, the triangle inequality loosens a bound by the movement; a group whose
-    lower bound is still above the upper one cannot hold a nearer centre. Only what remains is computed, on
+    `upper` bounds the distance to its own centre from above, `lower[g]` the distances to all others of group
+    g from below. When the centres move, the triangle inequality loosens a bound by the movement; a group
+    whose lower bound is still above the upper one cannot hold a nearer centre. Only what remains is computed, on
     rows gathered before the product. `slack` covers rounding: doubtful cases are computed, never decided.
     """
     (n, d), K, inf = x.shape, len(centers), math.inf
@@ -190,7 +188,8 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     s = -(-K // t)                             # centres in a group; the last groups are filled up with
     t = -(-K // s)                             # centres at infinity
     c, cc = x.new_zeros(t * s, d), x.new_full((t * s,), inf)
-    labels, upper, lower = torch.zeros(n, dtype=torch.long, device=x.device), x.new_zeros(n), x.new_zeros(t, n)
+    labels = torch.zeros(n, dtype=torch.long, device=x.device)
+    upper, lower = x.new_zeros(n), x.new_zeros(t, n)
     rows = chunk_rows(chunk_bytes, x, d + 3 * t * s)
     eps = torch.finfo(x.dtype).eps
     index = torch.arange(t * s, device=x.device)
@@ -209,7 +208,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         return 4 * eps * math.sqrt(d) * (norm.sqrt() + cc[:K].max().sqrt()).square()
 
     def search(y, norm):
-        """All distances of points y (m, d), norm = ‖y‖²: label, upper (m,), lower (t, m), as tight as can be."""
+        """All distances of points y (m, d), norm = ‖y‖² -> label, upper (m,), lower (t, m), all tight."""
         d2 = torch.addmm(cc[:, None], c, y.T, alpha=-2)    # (t·s, m), less ‖y‖²
         by_group, error = d2.view(t, s, -1), slack(norm)
         group = by_group.amin(1).argmin(0)                 # (m,)
@@ -230,7 +229,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
                 continue
             low -= moved_group + 8 * eps * low
             up += moved[own] + 8 * eps * up
-            rows_open = (low.amin(0) < up).nonzero()[:, 0]                     # their label is not yet certain
+            rows_open = (low.amin(0) < up).nonzero()[:, 0]                     # their label is uncertain
             if not len(rows_open):
                 continue
             y, norm, own_open = gather(y, rows_open, 0), norm[rows_open], own[rows_open]
@@ -242,7 +241,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
             need &= ~again
             for g in need.any(1).nonzero()[:, 0].tolist():
                 i, group = need[g].nonzero()[:, 0], slice(g * s, (g + 1) * s)
-                d2 = torch.addmm(cc[group, None], c[group], gather(y, i, 1).T, alpha=-2)           # (s, len(i))
+                d2 = torch.addmm(cc[group, None], c[group], gather(y, i, 1).T, alpha=-2)       # (s, len(i))
                 d2.masked_fill_(index[group, None] == own_open[i], inf)
                 low_open[g, i] = d2.amin(0).add_(norm[i] - error[i]).clamp_(min=0).sqrt_()
             again |= (low_open < near).any(0)
@@ -283,8 +282,8 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         reassign(moved)
         changed = int((labels != old).sum())
         progress(n_iter, changed)
-        settled = float(moved.square().sum()) <= tol and (not full or bool(labels.bincount(minlength=K).all()))
-        if not changed or settled:
+        settled = float(moved.square().sum()) <= tol
+        if not changed or settled and (not full or bool(labels.bincount(minlength=K).all())):
             break
     return c[:K], labels, n_iter
 
@@ -294,7 +293,8 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
 def contingency(a, b):
     """Counts (A, B) of how often label i of `a` meets label j of `b`; a, b: (n,) of any type."""
     a, b = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
-    return np.bincount(a * (b.max() + 1) + b, minlength=(a.max() + 1) * (b.max() + 1)).reshape(a.max() + 1, -1)
+    A, B = a.max() + 1, b.max() + 1
+    return np.bincount(a * B + b, minlength=A * B).reshape(A, B)
 
 
 def purity(clusters, classes):
@@ -303,7 +303,7 @@ def purity(clusters, classes):
 
 
 def normalised_mutual_information(a, b):
-    """I(a; b) over the mean of H(a) and H(b): 1 for the same partition, 0 for independent ones (Strehl 2002)."""
+    """I(a; b) over the mean of H(a) and H(b): 1 for the same partition, 0 for independent ones."""
     p = contingency(a, b) / len(a)
     h = [-(q[q > 0] * np.log(q[q > 0])).sum() for q in (p.sum(1), p.sum(0), p.ravel())]
     return float(2 * (h[0] + h[1] - h[2]) / (h[0] + h[1])) if h[0] + h[1] > 0 else 1.0
@@ -329,7 +329,8 @@ def bench(n, d, K, device):
     """Print the time of one fit, of the matrix products that plain Lloyd needs, and their ratio."""
     r = np.random.default_rng(0)               # like φ: clustered, non-negative, many zeros
     x = np.maximum(r.standard_normal((K, d)) - 0.5, 0)[r.integers(K, size=n)] * r.gamma(4, 0.25, (n, 1))
-    x = torch.from_numpy(np.maximum(x + 0.6 * r.standard_normal((n, d)) - 0.3, 0).astype(np.float32)).to(device)
+    x = np.maximum(x + 0.6 * r.standard_normal((n, d)) - 0.3, 0)
+    x = torch.from_numpy(x.astype(np.float32)).to(device)
     init, rows = x[torch.from_numpy(r.permutation(n)[:K]).to(device)], 2048
 
     def seconds(f):
@@ -342,15 +343,16 @@ def bench(n, d, K, device):
     model = KMeans(K, init=init, tol=0)
     fit = np.median([seconds(lambda: model.fit(x)) for _ in range(3)])
     out = x.new_empty(rows, K)
-    products = np.median([seconds(lambda: [torch.mm(part, init.T, out=out[:len(part)]) for part in x.split(rows)])
-                          for _ in range(3)]) * (model.n_iter_ + 1)
+    product = lambda: [torch.mm(part, init.T, out=out[:len(part)]) for part in x.split(rows)]
+    products = np.median([seconds(product) for _ in range(3)]) * (model.n_iter_ + 1)
     print(f"{n} × {d}, K = {K}, {x.device}: one fit {fit:.2f} s ({model.n_iter_} iterations), "
           f"its matrix products in full {products:.2f} s, ratio {fit / products:.2f}")
 
 
 def main():
     """The command line's work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = lambda message: (print(f"kmeans.py: {message}", file=sys.stderr), sys.exit(2))
     add = parser.add_argument
     add("points", nargs="?", help="phi.npz of analyze.py, or a .npy of shape (n, d)")
@@ -386,18 +388,18 @@ def main():
             print(f"restart {restart + 1}/{flags.n_init}  iteration {iteration}  {changed} labels changed  "
                   f"{taken:.0f} s, {left}   ", end=end, file=sys.stderr, flush=True)
 
-    model = KMeans(flags.clusters, n_init=flags.n_init, max_iter=flags.max_iter, tol=flags.tol, seed=flags.seed,
-                   device=flags.device, progress=progress).fit(np.asarray(x))
+    model = KMeans(flags.clusters, n_init=flags.n_init, max_iter=flags.max_iter, tol=flags.tol,
+                   seed=flags.seed, device=flags.device, progress=progress).fit(np.asarray(x))
     sizes = np.bincount(model.labels_, minlength=flags.clusters)
-    print(f"{len(x)} points of {x.shape[1]} dimensions, {flags.clusters} clusters of {sizes.min()} to {sizes.max()} "
-          f"points (median {np.median(sizes):.0f})\n"
+    print(f"{len(x)} points of {x.shape[1]} dimensions, {flags.clusters} clusters of {sizes.min()} to "
+          f"{sizes.max()} points (median {np.median(sizes):.0f})\n"
           f"inertia {model.inertia_:.6g}, {model.n_iter_} iterations, {time.time() - start:.1f} s")
     known = np.asarray(source.get("labels", np.full(len(x), -1)))
     known = known >= 0 if known.dtype.kind in "iu" else known != ""
     if known.any() and len(known) == len(x):
         a, b = model.labels_[known], source["labels"][known]
-        print(f"against {len(np.unique(b))} classes: purity {purity(a, b):.3f}, normalised mutual information "
-              f"{normalised_mutual_information(a, b):.3f}")
+        print(f"against {len(np.unique(b))} classes: purity {purity(a, b):.3f}, normalised mutual "
+              f"information {normalised_mutual_information(a, b):.3f}")
     temporary = flags.out + ".tmp.npz"
     np.savez(temporary, centers=model.cluster_centers_, labels=model.labels_, inertia=model.inertia_,
              paths=source.get("paths", np.arange(len(x)).astype(str)))

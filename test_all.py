@@ -704,7 +704,7 @@ def test_kmeans_is_plain_lloyd_step_by_step():
         init, before = x[np.random.default_rng(1).permutation(len(x))[:K]], math.inf
         for steps, (labels, centers, inertia) in enumerate(plain_lloyd(x, init, 15), 1):
             for size in (1, 2 ** 14, 2 ** 25):
-                if size > 1 or steps == 4:
+                if size > 1 or steps == 3:
                     model = KMeans(K, init, max_iter=steps, tol=0, chunk_bytes=size).fit(x)
                     assert (model.labels_ == labels).all() and model.n_iter_ <= steps
                     assert abs(model.cluster_centers_ - centers).max() < 1e-12
@@ -715,7 +715,7 @@ def test_kmeans_is_plain_lloyd_step_by_step():
 
 
 def test_kmeans_corners():
-    x = blobs(60, 5, 3)
+    x = np.random.default_rng(0).normal(size=(60, 5))
     x[:, 2] = 4                                # a constant column
     one, every = KMeans(1).fit(x), KMeans(60, n_init=1).fit(x)
     assert abs(one.cluster_centers_ - x.mean(0)).max() < 1e-12 and one.inertia_ == pytest.approx(
@@ -725,7 +725,7 @@ def test_kmeans_corners():
     model = KMeans(5, far, tol=0).fit(x)
     assert set(model.labels_) == set(range(5))
     assert (((x[:, None] - model.cluster_centers_) ** 2).sum(2).argmin(1) == model.labels_).all()
-    assert model.inertia_ == pytest.approx(((x - model.cluster_centers_[model.labels_]) ** 2).sum(), rel=1e-12)
+    assert model.inertia_ == pytest.approx(((x - model.cluster_centers_[model.labels_]) ** 2).sum(), rel=1e-9)
     two = np.repeat([[0.0, 1], [3, 4]], 10, 0)
     with pytest.warns(UserWarning, match="2 clusters have points, 4 were asked for"):
         assert KMeans(4).fit(two).inertia_ == 0
@@ -767,7 +767,8 @@ def test_purity_and_mutual_information():
 
 def test_kmeans_command_line(tmp_path):
     x = blobs(90, 6, 3).astype(np.float32)
-    np.savez(tmp_path / "phi.npz", phi=x, paths=np.array([f"{i}.png" for i in range(90)]), labels=np.arange(90) % 3)
+    paths = np.array([f"{i}.png" for i in range(90)])
+    np.savez(tmp_path / "phi.npz", phi=x, paths=paths, labels=np.arange(90) % 3)
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "other.npz", a=x)
 
@@ -779,8 +780,11 @@ def test_kmeans_command_line(tmp_path):
     code, out, _ = kmeans(tmp_path / "phi.npz", "--clusters", 3)
     assert code == 0 and "purity" in out and "inertia" in out
     with np.load(tmp_path / "clusters.npz") as saved:
-        assert saved["centers"].shape == (3, 6) and saved["labels"].shape == (90,) and saved["paths"][7] == "7.png"
-    for words, message in (([tmp_path / "x.npy"], "exists; --force"), ([tmp_path / "other.npz", "--force"], "no array"),
-                           ([tmp_path / "none.npz", "--force"], "none.npz"), (["--clustres", 3], "unrecognized")):
+        assert saved["centers"].shape == (3, 6) and saved["labels"].shape == (90,)
+        assert saved["paths"][7] == "7.png"
+    for words, message in (([tmp_path / "x.npy"], "exists; --force"),
+                           ([tmp_path / "other.npz", "--force"], "no array"),
+                           ([tmp_path / "none.npz", "--force"], "none.npz"),
+                           (["--clustres", 3], "unrecognized")):
         code, _, err = kmeans(*words)
         assert code == 2 and message in err and err.count("\n") == 1
