@@ -85,7 +85,7 @@ class KMeans:
         return self
 
     def predict(self, x):
-        """The label (n,) of the centre nearest to x (n, d). Raises ValueError before `fit`, or if d differs."""
+        """The label (n,) of the nearest centre, x (n, d). ValueError before `fit`, or if d differs."""
         if not hasattr(self, "labels_"):
             raise ValueError("predict before fit: there are no centres yet")
         x, c = as_points(x, self._centers.device).to(self._centers.dtype), self._centers
@@ -180,8 +180,8 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     Exact: the labels are those of computing every distance. The centres are cut into t groups. For each point
     `upper` bounds the distance to its own centre from above, `lower[g]` the distances to all others of group
     g from below. When the centres move, the triangle inequality loosens a bound by the movement; a group
-    whose lower bound is still above the upper one cannot hold a nearer centre. Only what remains is computed, on
-    rows gathered before the product. `slack` covers rounding: doubtful cases are computed, never decided.
+    whose lower bound is still above the upper one cannot hold a nearer centre. Only what remains is computed,
+    on rows gathered before the product. `slack` covers rounding: doubtful cases are computed, never decided.
     """
     (n, d), K, inf = x.shape, len(centers), math.inf
     t = max(1, min(-(-K // 8), d // 4))        # the bounds take at most a quarter of x's memory
