@@ -113,9 +113,7 @@ def target_phi(model, pictures, weights=None, draws=10, generator=None):
     if weights is None:
         weights = torch.full((len(pictures),), 1 / len(pictures))
 
-    def at(sigma):
-        return weights.to(pictures) @ phi(model, pictures, sigma, draws, generator)[:, :] if len(weights) else None
-    return lambda sigma: at(sigma)[None]
+    return lambda sigma: (weights.to(pictures) @ phi(model, pictures, sigma, draws, generator))[None]
 
 
 # App. C, unconditional sampling (Kadkhodaie & Simoncelli 2021, Algorithm 1)
@@ -148,7 +146,7 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
         for i in (i for i, e in zip(active, ended) if e):
             steps[i] = t
         keep = [k for k, e in enumerate(ended) if not e]
-        y[[i for i, e in zip(active, ended) if e]] += s[[k for k, e in enumerate(ended) if e]]     # last: all of it
+        y[[i for i, e in zip(active, ended) if e]] += s[[k for k, e in enumerate(ended) if e]]     # all of it
         active = [active[k] for k in keep]
         if not active:
             break
@@ -162,7 +160,8 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
 # §3, Eq. 4
 
 @torch.no_grad()
-def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator=None, tol=0.01, max_iters=200):
+def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator=None, tol=0.01,
+                         max_iters=200):
     """Eq. 4: d²(p₁, p₂), the symmetrised KL divergence of p(x given φ₁) and p(x given φ₂).
 
     ∫ (E_p₁‖s₁ − s₂‖² + E_p₂‖s₁ − s₂‖²) σ dσ, where s_i = (x̂(y matched to φ_i) − y)/σ² is the score of y given
@@ -175,7 +174,8 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
     targets = [target_phi(model, x[None], draws=phi_draws, generator=generator) for x in (x1, x2)]
     for sigma in sigmas.tolist():
         y = torch.cat([x1 + sigma * z, x2 + sigma * z])                        # (2·draws, C, H, W)
-        x_hat = [model.denoise(guidance_step(model, y, target(sigma), tol, max_iters)[0]) for target in targets]
+        matched = [guidance_step(model, y, target(sigma), tol, max_iters)[0] for target in targets]
+        x_hat = [model.denoise(y) for y in matched]
         distance = (x_hat[0] - x_hat[1]).double().square().sum((1, 2, 3)).cpu() / sigma ** 4
         d2.append((distance[:draws] + distance[draws:]) * sigma)
     d2 = torch.stack(d2)                                                       # (len(sigmas), draws)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import sample
 import train
 import unet
 from kmeans import KMeans, normalised_mutual_information, purity, seed_centers
@@ -788,3 +789,181 @@ def test_kmeans_command_line(tmp_path):
                            (["--clustres", 3], "unrecognized")):
         code, _, err = kmeans(*words)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+# sample.py
+
+class GaussianModel:
+    """The exact denoiser of N(m, λ), x̂ = m + λ/(λ + σ²)(y − m). σ: set from outside, or by variance of y."""
+    lam, m, sigma = 0.04, 0.3, 1.0
+
+    def denoise(self, y):
+        measured = ((y - self.m) ** 2).mean((1, 2, 3), keepdim=True)
+        v = measured if self.sigma is None else self.lam + self.sigma ** 2
+        return self.m + torch.as_tensor(self.lam / v).clamp(max=1) * (y - self.m)
+
+    def score(self, y):
+        return self.denoise(y) - y
+
+    def encode(self, y):
+        return y, []
+
+
+def generators(n, seed=0):
+    return [train.seeded("cpu", seed, i) for i in range(n)]
+
+
+def test_algorithm_1_moments():
+    model, sigmas = GaussianModel(), np.linspace(1, 0.03, 12).tolist()
+
+    def target(sigma):                         # also how the model learns σ; φ_c far away, matching switched off
+        model.sigma = sigma
+        return torch.zeros(1, 3)
+    x = sample.reconstruct(model, target, torch.full((3,), 0.3), sigmas, (3, 32, 32), generators(40), tol=1e9)
+    v = sigmas[0] ** 2
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0]):
+        v = (model.lam / (model.lam + sigma ** 2)) ** 2 * v + following ** 2
+    assert abs(x.mean() - 0.3) < 5 * (v / x.numel()) ** 0.5 and 0.3 < v / model.lam < 0.98
+    assert abs(x.var() / v - 1) < 5 * (2 / x.numel()) ** 0.5
+
+
+def test_unconditional_moments():
+    model = GaussianModel()
+    model.sigma, ended, levels = None, 0.02, []
+    x, steps = sample.sample_unconditional(model, torch.full((3,), 0.3), (3, 64, 64), generators(8), 1.0, ended,
+                                           report=lambda t, sigma, y, state: levels.append((t, y.clone())))
+    # v = λ + σ² obeys, with σ̂² = σ⁴/v the mean square of s: v ← (1 − h σ²/v)² v + γ²
+    v, y_var = 1.0, {t: ((y - 0.3) ** 2).mean().item() for t, y in levels}
+    for t in range(1, 60):
+        assert abs(y_var[t] / v - 1) < 0.05 or v < 1.5 * model.lam
+        sigma2, h = v - model.lam, 0.01 * t / (1 + 0.01 * (t - 1))
+        v = (1 - h * sigma2 / v) ** 2 * v + ((1 - 0.05 * h) ** 2 - (1 - h) ** 2) * sigma2 ** 2 / v
+    assert (steps < 2000).all() and abs(x.var() / model.lam - 1) < 0.1 and abs(x.mean() - 0.3) < 0.01
+
+
+def test_guidance_step(small):
+    x, model = normal(5, 3, 16, 16).double(), copy.deepcopy(small).double().train()
+    phi_c = model.encode(normal(1, 3, 16, 16, seed=1).double())[0].mean((2, 3)).detach()
+    loss = lambda x: (model.encode(x)[0].mean((2, 3)) - phi_c).square().sum(1)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    moved, state = sample.guidance_step(model, x, phi_c, tol=0, max_iters=1)
+    for i in range(2):                         # the step is L/‖∇L‖² ∇L: against central differences
+        step, L = (moved - x)[i], loss(x[i:i + 1]).item()
+        gradient = torch.zeros_like(step)
+        for where in [(0, 3, 5), (1, 8, 8), (2, 15, 0), (0, 0, 0)]:
+            e = torch.zeros_like(x[:1])
+            e[(0, *where)] = 1e-5
+            gradient[where] = (loss(x[i:i + 1] + e) - loss(x[i:i + 1] - e)).item() / 2e-5
+            # step = −L g/‖g‖², so ‖step‖² = L²/‖g‖² and g = −step · L/‖step‖²
+            assert abs(gradient[where] + step[where] * L / step.square().sum()) < 1e-6 * max(1, L)
+    moved, state = sample.guidance_step(model, x, phi_c, tol=0.3, max_iters=300)
+    assert state["converged"].all() and torch.equal(state["first"], loss(x))
+    assert gap(state["last"], loss(moved)) < 1e-12 and (state["last"] <= 0.3 * state["first"]).all()
+    assert len(set(state["gradients"].tolist())) > 1
+    for i in range(5):                         # each on its own: as if it were alone, and not one gradient more
+        alone, s = sample.guidance_step(model, x[i:i + 1], phi_c, tol=0.3, max_iters=300)
+        assert gap(alone, moved[i:i + 1]) < 1e-9 and s["gradients"][0] == state["gradients"][i]
+        n = int(s["gradients"][0])
+        assert not sample.guidance_step(model, x[i:i + 1], phi_c, 0.3, n - 1)[1]["converged"].item()
+    assert model.training and before == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(FloatingPointError, match="σ = 0.5"):
+        sample.reconstruct(model, lambda sigma: phi_c * math.nan, torch.zeros(3), [0.5, 0.1], (3, 16, 16),
+                           generators(1))
+
+
+def test_samples_do_not_depend_on_how_many(small):
+    target = lambda sigma: torch.ones(1, 16)
+    draw = lambda n: sample.reconstruct(small, target, torch.full((3,), 0.5), [0.5, 0.3, 0.1], (3, 16, 16),
+                                        generators(n), 0.5, 20)
+    assert gap(draw(3)[:2], draw(2)) < 1e-4 and gap(draw(2)[0], draw(2)[1]) > 1e-2
+    free = lambda n: sample.sample_unconditional(small, torch.full((3,), 0.5), (3, 16, 16), generators(n),
+                                                 max_steps=5)[0]
+    assert gap(free(3)[:2], free(2)) < 1e-4
+
+
+def test_conditional_distance():
+    """u given v ~ N(v, λ) and φ = mean of v: the symmetrised KL between v₁ and v₂ is ‖v₁ − v₂‖²/λ."""
+    class Model:
+        def encode(self, y):
+            return y[:, 1:], []
+
+        def denoise(self, y):
+            u, v = y[:, :1], y[:, 1:].mean((2, 3), keepdim=True)
+            return torch.cat([(lam * u + self.sigma ** 2 * v) / (lam + self.sigma ** 2), 0 * u], 1)
+    lam, sigmas, model = 0.09, np.geomspace(0.02, 5, 40), Model()
+    x1, x2, values = torch.zeros(2, 16, 16), torch.zeros(2, 16, 16), []
+    x2[1] = 0.7
+    for model.sigma in sigmas.tolist():        # the model must be told σ: one level at a time
+        values.append(sample.conditional_distance(model, x1, x2, [model.sigma, 1.01 * model.sigma], 3, 20,
+                                                  torch.Generator().manual_seed(0), 1e-10)[2][0].item())
+    exact = 2 * 256 * 0.49 * sigmas / (lam + sigmas ** 2) ** 2
+    assert max(abs(np.array(values) / exact - 1)[sigmas < 0.5]) < 0.1
+    assert abs(np.trapezoid(values, sigmas) * lam / (256 * 0.49) - 1) < 0.05
+    model.sigma = 0.5                          # the trapezoid rule and the standard error, by hand
+    value, error, integrand = sample.conditional_distance(model, x1, x2, [0.5, 0.6, 0.8], 3, 2)
+    assert abs(value - (integrand[0] * 0.05 + integrand[1] * 0.15 + integrand[2] * 0.1).item()) < 1e-9 * value
+    assert 0 < error < value
+
+
+def test_panel_geometry():
+    samples, target = torch.zeros(8, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    samples[:, 0] = torch.linspace(0, 1, 8).view(8, 1, 1)
+    sheet = np.asarray(sample.panel(samples, target, side=32, gap=4))
+    assert sheet.shape == (112, 112, 3)
+    assert (sheet[40:72, 40:72] == 255).all() and (sheet[37, 37:75] == [213, 94, 0]).all()
+    assert [sheet[4 + 36 * (i // 3), 4 + 36 * (i % 3), 0] for i in (0, 1, 2, 3, 5, 6, 7, 8)] == [
+        round(255 * k / 7) for k in range(8)]
+    assert sample.panel(samples[:5], None, 32).size == (3 * 36 + 4, 2 * 36 + 4)
+    assert sample.panel(samples[[0] * 9], target, 32).size == (5 * 36 + 4,) * 2
+
+
+def test_sample_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (20, 9, 8, 3), np.uint8)):
+        Image.fromarray(x).save(tmp_path / "data" / f"{i}.png")
+    run = script("train.py", "--data", tmp_path / "data", "--size", 8, "--width", 2, "--levels", 1, "--batch", 8,
+                 "--epochs", 2, "--device", "cpu", "--out", tmp_path / "c.pt")
+    assert finish(run)[0] == 0
+    picture = tmp_path / "data" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 23, 3), np.uint8)).save(tmp_path / "odd.png")
+    np.savez(tmp_path / "clusters.npz", labels=np.array([0, 1]), paths=np.array([str(picture)] * 2))
+    (tmp_path / "text.png").write_text("no picture")
+
+    def run_sample(*words, out="s.png"):
+        words = [tmp_path / "c.pt", *words, "--device", "cpu", "--out", tmp_path / out]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+        return sample.main()
+
+    few = ["--steps", 3, "--samples", 2, "--match-iters", 3, "--draws", 2]
+    assert run_sample(picture, *few, "--save-each", tmp_path / "each", "--save-trajectory") == 0
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert len(record["levels"]) == 3 and len(record["panels"][0]["phi_distance_relative"]) == 2
+    assert {"first", "last", "gradients", "sigma_before", "sigma_after",
+            "not_converged"} <= set(record["levels"][0])
+    assert len(list((tmp_path / "each").iterdir())) == 2 and (tmp_path / "s-trajectory.png").exists()
+    first = (tmp_path / "s.png").read_bytes()
+    assert run_sample(picture, *few, "--force") == 0 and (tmp_path / "s.png").read_bytes() == first
+    for k, words in enumerate((["--average", picture, tmp_path / "odd.png"], ["--mix", picture, picture],
+                               ["--cluster", f"{tmp_path}/clusters.npz:1"])):
+        assert run_sample(*words, *few, out=f"{k}.png") == 0
+    monkeypatch.setattr(sample, "sample_unconditional",
+                        lambda *a, f=sample.sample_unconditional, **k: f(*a, **k, max_steps=3))
+    assert run_sample("--unconditional", 3, out="u.png") == 0
+    assert run_sample(picture, "--adaptive", *few, out="a.png") == 0
+    assert run_sample("--denoise", tmp_path / "odd.png", "--noise", 0.1, out="d.png") == 0
+    assert Image.open(tmp_path / "d.png").size == (3 * 23 + 24, 37)
+    (tmp_path / "bad.pt").write_bytes(b"x")
+    for words, message in (([picture], "exists: --force"), ([tmp_path / "text.png", "--force"], "text.png"),
+                           ([picture, "--force", "--sigma-min", 2], "must be below"),
+                           (["--cluster", "none.npz:3", "--force"], "none.npz"),
+                           (["--cluster", f"{tmp_path}/clusters.npz:9", "--force"], "no such cluster")):
+        with pytest.raises(UserError, match=message):
+            run_sample(*words)
+    for words in ([], [picture, "--unconditional", 3], ["--unconditional", 3, "--adaptive"],
+                  [picture, "--stpes", 3]):
+        with pytest.raises(SystemExit) as end:
+            run_sample(*words)
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    code, _, err = finish(script("sample.py", tmp_path / "bad.pt", picture, "--out", tmp_path / "b.png"))
+    assert code == 2 and "bad.pt" in err and err.count("\n") == 1
