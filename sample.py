@@ -1,4 +1,4 @@
-"""Draw pictures that share a target's φ: Algorithms 1 and 2, and what follows from them (paper A: §3, App. C).
+"""Draw pictures that share a target's φ: Algorithms 1 and 2, and what follows (paper A: §3, App. C).
 
     python sample.py ckpt.pt target.png                       # eight samples around the target -> samples.png
     python sample.py ckpt.pt --average a.png b.png            # the mean φ of several pictures
@@ -71,7 +71,8 @@ def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_it
     target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
     sigmas: σ_T > … > σ_1. shape: (C, H, W). generators: one a sample, so that a sample does not depend on
     what is drawn beside it. report: called as report(t, σ, x, Algorithm 2's dict) after every score step; the
-    dict then also has σ̂ = ‖s‖/√n before and after matching. Raises FloatingPointError naming the noise level.
+    dict then also has σ̂ = ‖s‖/√n before and after matching. Raises FloatingPointError naming
+    the noise level.
 
     A full step x + s(x) is the posterior mean, which contracts: for Gaussian data of variance λ (and no
     matching) the variance obeys v ← (λ/(λ + σ_t²))² v + σ²_{t−1} and ends below λ.
@@ -164,10 +165,10 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
                          max_iters=200):
     """Eq. 4: d²(p₁, p₂), the symmetrised KL divergence of p(x given φ₁) and p(x given φ₂).
 
-    ∫ (E_p₁‖s₁ − s₂‖² + E_p₂‖s₁ − s₂‖²) σ dσ, where s_i = (x̂(y matched to φ_i) − y)/σ² is the score of y given
-    φ_i; by the trapezoid rule over `sigmas` (increasing). x1, x2: (C, H, W) in [0, 1]; y = x_i + σz stands for
-    a sample of p_i, `draws` of each, with the same z at every σ. φ_i at each σ averages phi_draws realisations.
-    Returns (value, its standard error over draws, the integrand (len(sigmas),)), in nats.
+    ∫ (E_p₁‖s₁ − s₂‖² + E_p₂‖s₁ − s₂‖²) σ dσ, where s_i = (x̂(y matched to φ_i) − y)/σ² is the score of y
+    given φ_i; by the trapezoid rule over `sigmas` (increasing). x1, x2: (C, H, W) in [0, 1]; y = x_i + σz
+    stands for a sample of p_i, `draws` of each, with the same z at every σ. φ_i at each σ averages phi_draws
+    realisations. Returns (value, its standard error over draws, the integrand (len(sigmas),)), in nats.
     """
     sigmas, d2 = torch.as_tensor(sigmas, dtype=torch.float64), []
     z = torch.randn(draws, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
@@ -224,7 +225,8 @@ def beside(images, columns=4, gap=12):
     """Several images of one size on one white sheet."""
     w, h = images[0].size
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, -(-len(images) // columns) * (h + gap) - gap), "white")
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
     return sheet
@@ -233,7 +235,7 @@ def beside(images, columns=4, gap=12):
 # Command line
 
 def load_targets(flags, checkpoint, device):
-    """What to condition on: [(name, pictures (P, C, H, W), weights or None)], one a panel. Raises UserError."""
+    """What to condition on, a panel each: [(name, pictures (P, C, H, W), weights or None)]. Raises UserError."""
     size, channels = checkpoint["size"], checkpoint["model"]["channels"]
 
     def read(paths):
@@ -255,7 +257,7 @@ def cluster_members(flags, checkpoint, device, most=64):
             members = saved["paths"][saved["labels"] == int(k)]
             clusters = int(saved["labels"].max()) + 1
     except Exception as error:                 # whatever numpy finds wrong with the file
-        raise UserError(f"--cluster {flags.cluster}: must be FILE:NUMBER, a file of kmeans.py ({error})") from None
+        raise UserError(f"--cluster {flags.cluster}: must be FILE:NUMBER, by kmeans.py ({error})") from None
     if not len(members):
         raise UserError(f"--cluster {flags.cluster}: no such cluster; {path} has 0 to {clusters - 1}")
     rng = np.random.default_rng(flags.seed)
@@ -272,7 +274,7 @@ def cluster_members(flags, checkpoint, device, most=64):
 
 
 def random_pictures(flags, checkpoint, device, n=64):
-    """n pictures of the training data, to say how far apart the φ of unrelated pictures are; None if it is gone."""
+    """n pictures of the training data, to say how far apart unrelated φ are; None if the data are gone."""
     run, rng = checkpoint["flags"], np.random.default_rng(flags.seed)
     data, size, channels = flags.data or run["data"], checkpoint["size"], checkpoint["model"]["channels"]
     try:
@@ -320,7 +322,7 @@ def status(text):
 def denoise_picture(flags, model, checkpoint, device):
     """--denoise: one picture of any size, at full resolution, its output beside it. Returns the record."""
     x = to_batch(load_picture(flags.denoise, None, checkpoint["model"]["channels"])[None], device)
-    y = x + (flags.noise or 0) * torch.randn(x.shape, generator=torch.Generator().manual_seed(flags.seed)).to(device)
+    y = x + (flags.noise or 0) * torch.randn(x.shape, generator=seeded("cpu", flags.seed)).to(device)
     with torch.no_grad():
         x_hat = model.denoise(y)
     record = dict(picture=flags.denoise, noise_added=flags.noise or 0.0,
@@ -343,13 +345,14 @@ def save_image(image, path):
 
 def draw_samples(flags, model, checkpoint, device):
     """Everything but --denoise: sample, measure, draw. Returns the record."""
-    start, size, mean = time.time(), checkpoint["size"], torch.as_tensor(checkpoint["mean"], device=device).float()
+    start, size = time.time(), checkpoint["size"]
+    mean = torch.as_tensor(checkpoint["mean"], dtype=torch.float32, device=device)
     shape = (checkpoint["model"]["channels"], size, size)
     targets = load_targets(flags, checkpoint, device) if not flags.unconditional else []
     per_target = flags.unconditional or flags.samples
-    generators = [seeded("cpu", flags.seed, 1, j, i) for j in range(len(targets) or 1) for i in range(per_target)]
-    trajectory, levels = [], []
-    shown = [0.0]
+    panels_wanted = range(len(targets) or 1)
+    generators = [seeded("cpu", flags.seed, 1, j, i) for j in panels_wanted for i in range(per_target)]
+    trajectory, levels, shown = [], [], [0.0]
 
     def report(t, sigma, x, state):
         of = len(sigmas) if not stepwise else None
@@ -365,8 +368,8 @@ def draw_samples(flags, model, checkpoint, device):
             shown[0], taken = time.time(), time.time() - start
             text = f"σ {sigma if of else float(sigma.max()):.3f}"
             if state:
-                text += (f"  matching {float(state['first'].mean()):.2g} → {float(state['last'].mean()):.2g}, "
-                         f"{int(state['gradients'].max())} gradients")
+                text += (f"  matching {float(state['first'].mean()):.2g} → "
+                         f"{float(state['last'].mean()):.2g}, {int(state['gradients'].max())} gradients")
             status(f"{text}  {taken:.0f} s, {taken / max(fraction, 1e-3) * (1 - fraction):.0f} s left")
 
     stepwise = bool(flags.unconditional or flags.adaptive)
@@ -378,7 +381,7 @@ def draw_samples(flags, model, checkpoint, device):
     matching = dict(tol=flags.match_tol, max_iters=flags.match_iters, report=report)
     if stepwise:
         samples = []
-        for j in range(len(targets) or 1):
+        for j in panels_wanted:
             part, steps = sample_unconditional(
                 model, mean, shape, generators[j * per_target:(j + 1) * per_target], flags.sigma_max,
                 flags.sigma_min, target=conditions[j] if conditions else None, **matching)
@@ -394,18 +397,18 @@ def draw_samples(flags, model, checkpoint, device):
         print()
     if not samples.isfinite().all():
         raise UserError("the samples are not finite; is the checkpoint damaged?")
-    late = [(level["sigma"], len(level["not_converged"])) for level in levels if level.get("not_converged")]
+    late = [len(level["not_converged"]) for level in levels if level.get("not_converged")]
     if late:
         print(f"matching stopped at --match-iters {flags.match_iters} before {flags.match_tol:.0%} at "
-              f"{len(late)} of {len(levels)} noise levels (at most {max(n for _, n in late)} of {len(samples)} "
-              f"samples); {flags.out_json} has them")
+              f"{len(late)} of {len(levels)} noise levels (at most {max(late)} of {len(samples)} samples); "
+              f"{flags.out_json} has them")
     unrelated = random_pictures(flags, checkpoint, device) if targets else None
     if targets and unrelated is None:
         print("the training pictures are gone: φ-distances are not relative to those of random pictures "
               "(--data says where they are)")
     record = dict(levels=levels, panels=[], seconds=time.time() - start)
     panels = []
-    for j in range(len(targets) or 1):
+    for j in panels_wanted:
         mine = samples[j * per_target:(j + 1) * per_target]
         target = targets[j][1:] if targets else None
         record["panels"].append(dict(target=targets[j][0] if targets else None,
@@ -421,13 +424,15 @@ def draw_samples(flags, model, checkpoint, device):
     if flags.save_each:
         os.makedirs(flags.save_each, exist_ok=True)
         for i, x in enumerate(samples):
-            save_image(to_image(x), os.path.join(flags.save_each, f"{i // per_target:02d}_{i % per_target:03d}.png"))
+            name = f"{i // per_target:02d}_{i % per_target:03d}.png"
+            save_image(to_image(x), os.path.join(flags.save_each, name))
         print(f"wrote {len(samples)} pictures to {flags.save_each}")
     if flags.save_trajectory:
         chosen = np.unique(np.linspace(0, len(trajectory) - 1, 10).round().astype(int))
         strip = beside([to_image(trajectory[t][0], 96) for t in chosen], columns=10, gap=4)
-        save_image(strip, os.path.splitext(flags.out)[0] + "-trajectory.png")
-        print(f"wrote {os.path.splitext(flags.out)[0]}-trajectory.png (the first sample at {len(chosen)} levels)")
+        name = os.path.splitext(flags.out)[0] + "-trajectory.png"
+        save_image(strip, name)
+        print(f"wrote {name} (the first sample at {len(chosen)} levels)")
     return record
 
 
@@ -450,12 +455,12 @@ def arguments():
     add("--sigma-min", type=number(float, 0, 100), help="last (default: 0.03; 0.04 without a schedule)")
     add("--steps", type=number(int, 2), default=40, help="noise levels (default: %(default)s)")
     add("--schedule", choices=("linear", "geometric"), default="linear", help="default: %(default)s")
-    add("--draws", type=number(int, 1), default=10, help="noise draws for a target's φ (default: %(default)s)")
-    add("--match-tol", type=number(float, 0, 1), default=0.01, help="of the first loss (default: %(default)s)")
+    add("--draws", type=number(int, 1), default=10, help="noise draws for φ_c (default: %(default)s)")
+    add("--match-tol", type=number(float, 0, 1), default=0.01, help="share of the first L (default: 0.01)")
     add("--match-iters", type=number(int, 1), default=200, help="gradients at most (default: %(default)s)")
     add("--seed", type=number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
     add("--data", metavar="PATH", help="where the training pictures are, if they have moved")
-    add("--out", default="samples.png", help="the sheet; a .json of the same name beside it (default: %(default)s)")
+    add("--out", default="samples.png", help="the sheet, and a .json beside it (default: %(default)s)")
     add("--save-each", metavar="DIR", help="also every sample singly")
     add("--save-trajectory", action="store_true", help="also the first sample at ten noise levels")
     add("--force", action="store_true", help="overwrite what is there")
@@ -464,7 +469,7 @@ def arguments():
     modes = [bool(v) for v in (flags.targets, flags.average, flags.mix, flags.cluster, flags.unconditional,
                                flags.denoise)]
     if sum(modes) != 1:
-        parser.error("give a target picture, or one of --average, --mix, --cluster, --unconditional, --denoise")
+        parser.error("give a target, or one of --average, --mix, --cluster, --unconditional, --denoise")
     if flags.adaptive and (flags.unconditional or flags.denoise):
         parser.error("--adaptive needs a target")
     return flags
@@ -491,7 +496,7 @@ def main():
     if flags.sigma_min >= flags.sigma_max:
         raise UserError(f"--sigma-min {flags.sigma_min:g} must be below --sigma-max {flags.sigma_max:g}")
     if flags.sigma_max > checkpoint["sigma_max"]:
-        print(f"warning: --sigma-max {flags.sigma_max:g} is above {checkpoint['sigma_max']:g}, the network's own")
+        print(f"warning: --sigma-max {flags.sigma_max:g}: the network has seen {checkpoint['sigma_max']:g}")
     with open(flags.checkpoint, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
     settings = {k: v for k, v in vars(flags).items() if v is not None}
@@ -504,7 +509,8 @@ def main():
     with open(flags.out_json + ".tmp", "w") as file:
         json.dump(record, file, indent=1)
     os.replace(flags.out_json + ".tmp", flags.out_json)
-    print(f"wrote {flags.out}, {flags.out_json}" + (f" ({record['seconds']:.0f} s)" if "seconds" in record else ""))
+    taken = f" ({record['seconds']:.0f} s)" if "seconds" in record else ""
+    print(f"wrote {flags.out}, {flags.out_json}{taken}")
     return 0
 
 

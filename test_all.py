@@ -816,7 +816,7 @@ def generators(n, seed=0):
 def test_algorithm_1_moments():
     model, sigmas = GaussianModel(), np.linspace(1, 0.03, 12).tolist()
 
-    def target(sigma):                         # also how the model learns σ; φ_c far away, matching switched off
+    def target(sigma):                         # also how the model learns σ; tol switches matching off
         model.sigma = sigma
         return torch.zeros(1, 3)
     x = sample.reconstruct(model, target, torch.full((3,), 0.3), sigmas, (3, 32, 32), generators(40), tol=1e9)
@@ -830,11 +830,13 @@ def test_algorithm_1_moments():
 def test_unconditional_moments():
     model = GaussianModel()
     model.sigma, ended, levels = None, 0.02, []
-    x, steps = sample.sample_unconditional(model, torch.full((3,), 0.3), (3, 64, 64), generators(8), 1.0, ended,
-                                           report=lambda t, sigma, y, state: levels.append((t, y.clone())))
+    report = lambda t, sigma, y, state: levels.append((t, y.clone()))
+    x, steps = sample.sample_unconditional(model, torch.full((3,), 0.3), (3, 64, 64), generators(8), 1.0,
+                                           ended, report=report)
     # v = λ + σ² obeys, with σ̂² = σ⁴/v the mean square of s: v ← (1 − h σ²/v)² v + γ²
     v, y_var = 1.0, {t: ((y - 0.3) ** 2).mean().item() for t, y in levels}
-    for t in range(1, 60):
+    assert len(y_var) > 30
+    for t in sorted(y_var):
         assert abs(y_var[t] / v - 1) < 0.05 or v < 1.5 * model.lam
         sigma2, h = v - model.lam, 0.01 * t / (1 + 0.01 * (t - 1))
         v = (1 - h * sigma2 / v) ** 2 * v + ((1 - 0.05 * h) ** 2 - (1 - h) ** 2) * sigma2 ** 2 / v
@@ -860,7 +862,7 @@ def test_guidance_step(small):
     assert state["converged"].all() and torch.equal(state["first"], loss(x))
     assert gap(state["last"], loss(moved)) < 1e-12 and (state["last"] <= 0.3 * state["first"]).all()
     assert len(set(state["gradients"].tolist())) > 1
-    for i in range(5):                         # each on its own: as if it were alone, and not one gradient more
+    for i in range(5):                         # each as if it were alone, and not one gradient more
         alone, s = sample.guidance_step(model, x[i:i + 1], phi_c, tol=0.3, max_iters=300)
         assert gap(alone, moved[i:i + 1]) < 1e-9 and s["gradients"][0] == state["gradients"][i]
         n = int(s["gradients"][0])
@@ -868,8 +870,8 @@ def test_guidance_step(small):
     assert model.training and before == {n: p.requires_grad for n, p in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(FloatingPointError, match="σ = 0.5"):
-        sample.reconstruct(model, lambda sigma: phi_c * math.nan, torch.zeros(3), [0.5, 0.1], (3, 16, 16),
-                           generators(1))
+        sample.reconstruct(small, lambda sigma: torch.full((1, 16), math.nan), torch.zeros(3), [0.5, 0.1],
+                           (3, 16, 16), generators(1))
 
 
 def test_samples_do_not_depend_on_how_many(small):
@@ -922,11 +924,12 @@ def test_sample_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (20, 9, 8, 3), np.uint8)):
         Image.fromarray(x).save(tmp_path / "data" / f"{i}.png")
-    run = script("train.py", "--data", tmp_path / "data", "--size", 8, "--width", 2, "--levels", 1, "--batch", 8,
-                 "--epochs", 2, "--device", "cpu", "--out", tmp_path / "c.pt")
+    run = script("train.py", "--data", tmp_path / "data", "--size", 8, "--width", 2, "--levels", 1,
+                 "--batch", 8, "--epochs", 2, "--device", "cpu", "--out", tmp_path / "c.pt")
     assert finish(run)[0] == 0
     picture = tmp_path / "data" / "0.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 23, 3), np.uint8)).save(tmp_path / "odd.png")
+    odd = np.random.default_rng(0).integers(0, 255, (37, 23, 3), np.uint8)
+    Image.fromarray(odd).save(tmp_path / "odd.png")
     np.savez(tmp_path / "clusters.npz", labels=np.array([0, 1]), paths=np.array([str(picture)] * 2))
     (tmp_path / "text.png").write_text("no picture")
 

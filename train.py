@@ -97,7 +97,7 @@ def load_picture(path, size=None, channels=3):
             if size:
                 return to_pixels(image, size, channels)[0]
             image = flatten_mode(image).convert("L" if channels == 1 else "RGB")
-            return np.asarray(image).reshape(image.height, image.width, channels)
+            return np.array(image).reshape(image.height, image.width, channels)
     except Exception as error:                 # damaged files raise nearly anything, by format
         raise UserError(f"{path}: cannot be read as a picture ({str(error).splitlines()[0]})") from None
 
