@@ -69,7 +69,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
             A, At = A / size, (A / size).mT
             ridge = 0.01 * torch.eye(A.shape[2], dtype=A.dtype, device=A.device)
             c = torch.linalg.solve(At @ A + ridge, At @ r[:, :, None])         # (n, memory, 1)
-            c[rose] = 0                                                        # the last steps misled this one
+            c[rose] = 0                                                        # the last steps misled
             r = r - (A @ c)[:, :, 0]
             moved = -sum(w.view(-1, 1, 1, 1) * dx for w, dx in zip((c / size.mT).unbind(1), steps))
         grad, = torch.autograd.grad(phi_t, x_t, 2 * r)                         # ∇L; none of the weights
@@ -128,9 +128,9 @@ def noise_level(s):
 def target_phi(model, pictures, weights=None, draws=1, generator=None):
     """The function σ -> φ_c (1, d): φ of the noisy conditioners (P, C, H, W), averaged with weights (P,).
 
-    Fresh noise at each call, as Algorithm 1 prints; `draws` > 1 averages as many realisations, and the samples
-    then came out a little farther from the target (README). weights: default equal. One picture is the paper's case; several, or a cluster,
-    are its "future directions" (§4).
+    Fresh noise at each call, as Algorithm 1 prints; `draws` > 1 averages as many realisations, and the
+    samples then came out a little farther from the target (README). weights: default equal. One picture is
+    the paper's case; several, or a cluster, are its "future directions" (§4).
     """
     if weights is None:
         weights = torch.full((len(pictures),), 1 / len(pictures))

@@ -685,6 +685,7 @@ def plain_lloyd(x, c, iterations):
 
 
 def blobs(n=600, d=20, K=12, seed=0):
+    """Clustered points (n, d), cut off at 0 as φ is."""
     r = np.random.default_rng(seed)
     return np.maximum(r.normal(size=(K, d))[r.integers(K, size=n)] + 0.5 * r.normal(size=(n, d)), 0)
 
@@ -810,6 +811,7 @@ class GaussianModel:
 
 
 def generators(n, seed=0):
+    """One generator a sample."""
     return [train.seeded("cpu", seed, i) for i in range(n)]
 
 
