@@ -229,6 +229,8 @@ def panel(samples, target=None, side=96, gap=4):
     sheet = Image.new("RGB", (k * (tile + gap) + gap, rows * (tile + gap) + gap), "white")
     corner = lambda i: (gap + i % k * (tile + gap), gap + i // k * (tile + gap))
     free = [i for i in range(k * rows) if target is None or i != k * k // 2]
+    if target is not None:                                 # fewer samples than cells: the nearest cells
+        free = sorted(sorted(free, key=lambda i: (i % k - k // 2) ** 2 + (i // k - k // 2) ** 2)[:len(tiles)])
     for i, image in zip(free, tiles):
         sheet.paste(image, corner(i))
     if target is not None:

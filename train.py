@@ -97,7 +97,7 @@ def load_picture(path, size=None, channels=3):
             if size:
                 return to_pixels(image, size, channels)[0]
             image = flatten_mode(image).convert("L" if channels == 1 else "RGB")
-            return np.array(image).reshape(image.height, image.width, channels)
+            return np.asarray(image).reshape(image.height, image.width, channels)
     except Exception as error:                 # damaged files raise nearly anything, by format
         raise UserError(f"{path}: cannot be read as a picture ({str(error).splitlines()[0]})") from None
 
@@ -544,7 +544,7 @@ def draw_sigma(n, sigma_max, generator):
 
 def to_batch(x, device):
     """(B, H, W, C) uint8 -> (B, C, H, W) float in [0, 1] on `device`, channels-last in memory."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(device).permute(0, 3, 1, 2).float().div_(255)
+    return torch.from_numpy(np.array(x, order="C")).to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
 def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
