@@ -493,6 +493,8 @@ def arguments():
                                flags.denoise)]
     if sum(modes) != 1:
         parser.error("give a target, or one of --average, --mix, --cluster, --unconditional, --denoise")
+    if flags.noise and not flags.denoise:
+        parser.error("--noise goes with --denoise")
     if flags.adaptive and (flags.unconditional or flags.denoise):
         parser.error("--adaptive needs a target")
     return flags

@@ -967,7 +967,7 @@ def test_sample_command_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=message):
             run_sample(*words)
     for words in ([], [picture, "--unconditional", 3], ["--unconditional", 3, "--adaptive"],
-                  [picture, "--stpes", 3]):
+                  [picture, "--noise", 0.1], [picture, "--stpes", 3]):
         with pytest.raises(SystemExit) as end:
             run_sample(*words)
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
