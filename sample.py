@@ -313,9 +313,16 @@ def random_pictures(flags, checkpoint, device, n=64):
     return to_batch(x, device)
 
 
-def similarities(model, samples, target, unrelated, device):
-    """Per sample of one target (S, C, H, W): distance in φ at σ = 0.3, and correlations of pixels. A dict."""
-    code = lambda x: phi(model, x, 0.3, 20, seeded(device, 77))
+def code(model, x):
+    """φ at σ = 0.3 over 20 draws, (N, d), always with the same noise: what distances are measured in."""
+    return phi(model, x, 0.3, 20, seeded(x.device, 77))
+
+
+def similarities(model, samples, target, scale):
+    """Per sample of one target (S, C, H, W): distance in φ, and correlations of pixels. A dict of lists.
+
+    scale: the mean φ-distance between random pictures, or None.
+    """
     flat = torch.nn.functional.normalize((samples - samples.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1)
     out = {}
     if len(samples) > 1:
@@ -324,10 +331,10 @@ def similarities(model, samples, target, unrelated, device):
     if target is not None:
         pictures, weights = target
         weights = torch.full((len(pictures),), 1 / len(pictures)) if weights is None else weights
-        distance = (code(samples) - weights.to(pictures) @ code(pictures)).norm(dim=1)
+        distance = (code(model, samples) - weights.to(pictures) @ code(model, pictures)).norm(dim=1)
         out["phi_distance"] = distance.tolist()
-        if unrelated is not None and len(unrelated) > 1:
-            out["phi_distance_relative"] = (distance / torch.pdist(code(unrelated)).mean()).tolist()
+        if scale is not None:
+            out["phi_distance_relative"] = (distance / scale).tolist()
         if len(pictures) == 1:
             t = torch.nn.functional.normalize((pictures - pictures.mean()).flatten(1), dim=1)
             out["correlation_with_target"] = (flat @ t.T)[:, 0].tolist()
@@ -383,7 +390,7 @@ def draw_samples(flags, model, checkpoint, device):
                                                / math.log(start_sigma / flags.sigma_min) + 1e-3)
         level = dict(step=t, sigma=sigma if of else sigma.tolist())
         if state:
-            level |= {k: v.tolist() for k, v in state.items() if k not in ("converged",)}
+            level |= {k: v.tolist() for k, v in state.items() if k != "converged"}
             level["not_converged"] = (~state["converged"]).nonzero()[:, 0].tolist()
         levels.append(level)
         trajectory.append(x.clone() if flags.save_trajectory else None)
@@ -429,13 +436,16 @@ def draw_samples(flags, model, checkpoint, device):
     if targets and unrelated is None:
         print("the training pictures are gone: φ-distances are not relative to those of random pictures "
               "(--data says where they are)")
+    scale = None
+    if unrelated is not None and len(unrelated) > 1:
+        scale = torch.pdist(code(model, unrelated)).mean()
     record = dict(levels=levels, panels=[], seconds=time.time() - start)
     panels = []
     for j in panels_wanted:
         mine = samples[j * per_target:(j + 1) * per_target]
         target = targets[j][1:] if targets else None
         record["panels"].append(dict(target=targets[j][0] if targets else None,
-                                     **similarities(model, mine, target, unrelated, device)))
+                                     **similarities(model, mine, target, scale)))
         panels.append(panel(mine, target[0] if target else None))
         relative = record["panels"][-1].get("phi_distance_relative")
         if relative:

@@ -35,6 +35,7 @@ def gap(a, b):
 
 
 def normal(*shape, seed=0):
+    """Standard normal numbers of this shape, from their own generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -140,6 +141,7 @@ def independent_forward(model, y):
 
 @pytest.fixture
 def small():
+    """A random UNet of width 4 with two levels."""
     torch.manual_seed(0)
     model = UNet(width=4, channels=3, levels=2)
     for p in model.parameters():
@@ -204,6 +206,8 @@ def test_denoise_any_size(small, h, w):
 
 
 class Malicious:
+    """A pickle that runs a command when it is loaded."""
+
     def __reduce__(self):
         return os.system, ("touch owned",)
 
@@ -490,16 +494,19 @@ FLAGS = dict(train.COMMON, size=8, width=2, levels=1, channels=1, batch=6, epoch
 
 
 def tiny_data(folder, n=40):
+    """The path of a .npy of n random gray pictures of 8×8."""
     path = folder / "tiny.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (n, 8, 8), np.uint8))
     return str(path)
 
 
 def weights(path):
+    """The weights in a checkpoint, by name."""
     return load_checkpoint(path)[1]["weights"]
 
 
 def same(a, b):
+    """Whether two sets of weights are equal to the bit."""
     return all(gap(a[k], b[k]) == 0 for k in a)
 
 
