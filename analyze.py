@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from kmeans import KMeans, contingency, normalised_mutual_information, purity
-from sample import (beside, conditional_distance, guidance_step, noise, noise_level, panel, reconstruct,
-                    sample_unconditional, save_image, similarities, status, target_phi, to_image)
+from sample import (conditional_distance, guidance_step, panel, reconstruct, sample_unconditional,
+                    save_image, similarities, status, target_phi, to_image)
 from train import (Parser, checkpoint_pictures, choose_device, duration, evaluate, initialise, load_picture,
                    number, seeded, to_batch)
 from unet import UNet, UserError, load_checkpoint, phi
@@ -458,8 +458,6 @@ def neighbours(study, out, k=10):
         contrast = (scaled[members[0]].mean(0) - scaled[members[1]].mean(0)).numpy()[special]
         axes = [int(special[contrast.argmax()]), int(special[contrast.argmin()]), int(common[-1])]
         numbers |= dict(components=axes, phi_components=[code[g][:, axes] for g in members])
-        for (i, j) in ((0, 1),), ((0, 2), (1, 2)):
-            pass
         plots = []
         for i, j in (0, 1), (0, 2), (1, 2):
             name = lambda c: f"phi[{axes[c]}] ({'common' if c == 2 else 'specialised'})"
@@ -737,29 +735,32 @@ def channels(study, out):
 
 # §3, Conditional densities (Fig. 8, 14 right, 21)
 
-def embedding(study, out, pairs=24, draws=4):
+def embedding(study, out, pairs=40, draws=2):
     """Fig. 8, 21: Eq. 4, d²(p₁, p₂), against ‖φ₁ − φ₂‖² for random pairs; A and B of inequality (3).
 
-    A and B are the least and the largest ratio d²/‖φ₁ − φ₂‖², φ at the study's σ. The integral runs over 8
-    geometric σ from 0.05 to the largest in training, with `draws` pictures of each density.
+    A and B are the least and the largest ratio d²/‖φ₁ − φ₂‖², φ at the study's σ. The integral runs over 5
+    geometric σ from 0.2 to the largest in training, with `draws` pictures of each density and 60 gradients to
+    match each. Below 0.2 the integrand would grow as σ⁻³ or so, and most pictures cannot be matched:
+    `matched` says which share could. `rank_correlation_sigma`: of the integrand at each σ alone.
     """
     if len(study.rows) < 4:
         raise Skip("fewer than four pictures")
     rng = np.random.default_rng((study.seed, 23))
     chosen = rng.permutation(len(study.rows))[:2 * pairs]
     chosen = chosen[:len(chosen) // 2 * 2].reshape(-1, 2)
-    sigmas = np.geomspace(0.05, max(study.checkpoint["sigma_max"], 0.1), 8)
+    sigmas = np.geomspace(0.2, max(study.checkpoint["sigma_max"], 0.3), 5)
     code, tick, values = study.phi[study.sigma].double(), ticker("embedding", len(chosen), "pairs"), []
     for k, (a, b) in enumerate(chosen):
         x1, x2 = study.pictures([a, b])
         values.append(conditional_distance(study.model, x1, x2, sigmas, draws, study.draws,
-                                           seeded(study.device, study.seed, 24, k)))
+                                           seeded(study.device, study.seed, 24, k), max_iters=60))
         tick(k + 1)
     d2, error = np.array([v[0] for v in values]), np.array([v[1] for v in values])
     square = (code[chosen[:, 0]] - code[chosen[:, 1]]).square().sum(1).numpy()
-    ratio = d2 / square
+    ratio, integrand = d2 / square, torch.stack([v[2] for v in values]).numpy()
     numbers = dict(pairs=chosen, sigmas=sigmas, kl=d2, kl_error=error, phi_squared_distance=square,
-                   integrand=torch.stack([v[2] for v in values]), A=ratio.min(), B=ratio.max(),
+                   integrand=integrand, matched=torch.stack([v[3] for v in values]).mean(0),
+                   rank_correlation_sigma=[rank_correlation(square, v) for v in integrand.T], A=ratio.min(), B=ratio.max(),
                    B_over_A=ratio.max() / ratio.min(), rank_correlation=rank_correlation(square, d2),
                    ratio_sd=float(np.std(ratio) / np.mean(ratio)), chance=2 / math.sqrt(max(len(d2) - 1, 1)))
     p = Axes((1600, 800), (0, 1.05 * square.max()), (0, 1.1 * (d2 + error).max()),
@@ -796,34 +797,43 @@ def conditional_scores(study, pair, out):
 
 
 def matching(study, out, m=24):
-    """Fig. 20: σ̂ = ‖s‖/√n before and after Algorithm 2 brought x + σz to the φ of another picture."""
-    if len(study.rows) < 2:
-        raise Skip("needs two pictures")
-    chosen = np.random.default_rng((study.seed, 27)).permutation(len(study.rows))[:m]
-    x, sigmas = study.pictures(chosen), [s for s in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-                                         if s <= study.checkpoint["sigma_max"]]
-    before, after, missed, tick = [], [], [], ticker("matching", len(sigmas), "noise levels")
-    for k, sigma in enumerate(sigmas):
-        y = x + sigma * torch.randn(x.shape, generator=seeded(study.device, study.seed, 28, k), device=x.device)
-        phi_c = phi(study.model, x.roll(1, 0), sigma, 1, seeded(study.device, study.seed, 29, k))
-        matched, state = guidance_step(study.model, y, phi_c)
-        with torch.no_grad():
-            before.append(noise_level(study.model.score(y)).cpu().numpy())
-            after.append(noise_level(study.model.score(matched)).cpu().numpy())
-        missed.append(int((~state["converged"]).sum()))
-        tick(k + 1)
+    """Fig. 20: σ̂ = ‖s‖/√n before and after each matching step of Algorithm 1, one sample for each of m pictures."""
+    x = study.pictures(study.choose(m, 27))
+    tick, levels = ticker("matching", 40, "noise levels"), []
+
+    def report(t, sigma, _, state):
+        levels.append((sigma, state["sigma_before"].cpu().numpy(), state["sigma_after"].cpu().numpy(),
+                       int((~state["converged"]).sum())))
+        tick(t + 1)
+
+    run_algorithm_1(study, x, 1, 27, report)
+    sigmas, before, after, missed = zip(*levels)
     ratio = np.divide(after, before)
     numbers = dict(pictures=len(x), sigmas=sigmas, before=np.array(before), after=np.array(after), missed=missed,
                    median_ratio=np.median(ratio, 1), least_ratio=ratio.min(1), largest_ratio=ratio.max(1))
-    top = 1.1 * max(np.max(before), np.max(after))
-    p = Axes((1600, 800), (0.8 * min(np.min(before), np.min(after)), top),
-             (0.8 * min(np.min(before), np.min(after)), top), "noise level before matching (norm of the score)",
-             "after matching", f"{len(x)} pictures, each brought to the phi of another", xlog=True, ylog=True)
-    p.line(p.xlim, p.xlim, GRAY, "unchanged")
-    for sigma, b, a, color in zip(sigmas, before, after, COLORS):
-        p.scatter(b, a, color, f"sigma {sigma:g}")
-    save(p.image(), out, "matching")
+    both = np.concatenate([before, after])
+    span = 0.9 * both.min(), 1.1 * both.max()
+    p = Axes((1600, 800), span, span, "noise level before matching", "after matching",
+             f"Norm of the score over sqrt(n) in Algorithm 1, {len(x)} pictures, {len(sigmas)} noise levels", True, True)
+    p.line(span, span, GRAY, "unchanged")
+    p.scatter(np.concatenate(before), np.concatenate(after), BLUE)
+    q = Axes((1600, 500), (min(sigmas), max(sigmas)), None, "sigma of the schedule", "after / before", xlog=True)
+    q.line(sigmas, numbers["median_ratio"], BLUE, "median; band: least to largest",
+           band=(numbers["least_ratio"], numbers["largest_ratio"]))
+    q.ylim = limits(ratio)
+    save(stack([p.image(), q.image()]), out, "matching")
     return numbers
+
+
+def run_algorithm_1(study, x, samples, word, report):
+    """Algorithm 1 with sample.py's defaults: `samples` for each picture x (k, C, H, W), in this order."""
+    targets = [target_phi(study.model, v[None], generator=seeded(study.device, study.seed, word, 1, j))
+               for j, v in enumerate(x)]
+    mean = torch.as_tensor(study.checkpoint["mean"], dtype=torch.float32, device=x.device)
+    sigmas = np.linspace(study.checkpoint["sigma_max"], 0.03, 40).tolist()
+    generators = [seeded("cpu", study.seed, word, 2, i) for i in range(samples * len(x))]
+    return reconstruct(study.model, lambda s: torch.cat([t(s) for t in targets]).repeat_interleave(samples, 0),
+                       mean, sigmas, x.shape[1:], generators, report=report)
 
 
 def reconstruction(study, out, samples=8):
@@ -831,15 +841,8 @@ def reconstruction(study, out, samples=8):
 
     Distances: as sample.py measures them; `other` is the pixel correlation of the samples with the other target.
     """
-    x = study.pictures(study.choose(2, 30))
-    mean = torch.as_tensor(study.checkpoint["mean"], dtype=torch.float32, device=x.device)
-    sigma_max, tick = study.checkpoint["sigma_max"], ticker("reconstruction", 40, "noise levels")
-    targets = [target_phi(study.model, v[None], generator=seeded(study.device, study.seed, 31, j))
-               for j, v in enumerate(x)]
-    y = reconstruct(study.model, lambda s: torch.cat([t(s) for t in targets]).repeat_interleave(samples, 0), mean,
-                    np.linspace(sigma_max, 0.03, 40).tolist(), x.shape[1:],
-                    [seeded("cpu", study.seed, 32, i) for i in range(samples * len(x))],
-                    report=lambda t, *_: tick(t + 1))
+    x, tick = study.pictures(study.choose(2, 30)), ticker("reconstruction", 40, "noise levels")
+    y = run_algorithm_1(study, x, samples, 31, lambda t, *_: tick(t + 1))
     every = study.pictures(study.choose(64, 33))
     with torch.no_grad():
         scale = torch.pdist(phi(study.model, every, 0.3, 20, seeded(x.device, 77))).mean() if len(every) > 1 else None
@@ -851,8 +854,10 @@ def reconstruction(study, out, samples=8):
             numbers["panels"][-1]["other"] = similarities(study.model, mine, (x[[1 - j]], None),
                                                           scale)["correlation_with_target"]
         sheets.append(panel(mine, v[None], side=256, gap=6))
+    mean = torch.as_tensor(study.checkpoint["mean"], dtype=torch.float32, device=x.device)
     free, steps = sample_unconditional(study.model, mean, x.shape[1:],
-                                       [seeded("cpu", study.seed, 34, i) for i in range(16)], sigma_max)
+                                       [seeded("cpu", study.seed, 34, i) for i in range(16)],
+                                       study.checkpoint["sigma_max"])
     numbers["unconditional_steps"] = steps
     save(stack([caption("Framed: the target; around it, samples told its phi"), beside_of(sheets)]), out,
          "reconstruction")
@@ -1032,7 +1037,7 @@ CLAIMS = [
           "the median of after / before is within 5 % of 1 at every sigma >= 0.1",
           lambda r: (all(abs(m - 1) <= 0.05 for m, s in zip(r["median_ratio"], r["sigmas"]) if s >= 0.1),
                      ", ".join(f"{m:.2f} [{a:.2f}, {b:.2f}] at {s:g}" for s, m, a, b in
-                               list(zip(r["sigmas"], r["median_ratio"], r["least_ratio"], r["largest_ratio"]))[::2]))),
+                               list(zip(r["sigmas"], r["median_ratio"], r["least_ratio"], r["largest_ratio"]))[::9]))),
     Claim("samples share the target's layout", "Fig. 7", "picture", "reconstruction",
           "their pixels correlate with their own target more than with the other, on average, for both",
           lambda r: (all(np.mean(p["correlation_with_target"]) > np.mean(p["other"]) for p in r["panels"]),
@@ -1099,8 +1104,8 @@ def ticks(low, high, log=False, most=6):
 class Axes:
     """One plot: a white image with axes in data units, to which lines, histograms and points are added.
 
-    size: (width, height) in pixels. xlim, ylim: ranges; None is taken from the first histogram. image() draws
-    axes and legend and returns a PIL image.
+    size: (width, height) in pixels. xlim, ylim: ranges, None: from the data (a histogram always sets ylim).
+    image() draws axes and legend and returns a PIL image.
     """
 
     def __init__(self, size, xlim, ylim, xlabel="", ylabel="", title="", xlog=False, ylog=False):
@@ -1131,6 +1136,8 @@ class Axes:
     def image(self):
         """Draw everything."""
         w, h = self.size
+        if not self.ylim:
+            self.ylim = limits(np.concatenate([np.asarray(m[2], float) for m in self.marks]), self.ylog)
         sheet = Image.new("RGB", self.size, "white")
         draw = ImageDraw.Draw(sheet, "RGBA")
         f = font(26 if w > 600 else 22)

@@ -40,9 +40,14 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
     the changes of φ they caused, ΔΦ, first take out the part of φ(x) − φ_c that they can explain (least
     squares, as Anderson and GMRES do); the gradient step, then 0.3 η, is for the rest. It costs no further
     gradients and needs a quarter as many (README). memory=0: gradient descent alone.
+
+    η is right only if φ_c can be reached. Where it cannot, as for the noisy picture of something else at a
+    small σ, ∇L vanishes and η explodes: after 10 steps without a new least L, a picture goes back to where
+    L was least and takes steps a quarter as long. It is returned where L was least.
     """
     x, phi_c = x.detach().clone(), phi_c.expand(len(x), -1)
-    first, last = x.new_zeros(len(x)), x.new_zeros(len(x))
+    start, best, since, damping = x.clone(), x.clone(), x.new_zeros(len(x)), x.new_ones(len(x))
+    first, last = x.new_zeros(len(x)), x.new_full((len(x),), math.inf)         # last: the least L so far
     gradients = torch.zeros(len(x), dtype=torch.long, device=x.device)
     active, steps, changes = torch.arange(len(x), device=x.device), [], []     # ΔX (n, C, H, W), ΔΦ (n, d)
     for iteration in range(max_iters + 1):
@@ -51,14 +56,20 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
             phi_t = model.encode(x_t)[0].mean((2, 3))                          # (n, d)
         r = phi_t.detach() - phi_c[active]
         L = r.square().sum(1)
-        if not L.isfinite().all():
-            raise FloatingPointError("the matching loss is not finite")
         if iteration == 0:
             first = L
+            if not L.isfinite().all():
+                raise FloatingPointError("the matching loss is not finite")
         else:
             changes.append(r - r_before)
-        rose, last[active] = L > 1.5 * last[active], L
-        going = (L > tol * first[active]).nonzero()[:, 0]
+        near = (x - start)[active].square().mean((1, 2, 3)) <= 1               # false for NaN
+        least = (L <= last[active]) & near
+        best[active[least]], last[active[least]] = x[active[least]], L[least]
+        since[active] = torch.where(least, 0, since[active] + 1)
+        lost = (since[active] >= 10) | ~near
+        since[active[lost]], damping[active[lost]] = 0, damping[active[lost]] / 4
+        rose = (L > 1.5 * L_before) | lost if iteration else lost
+        going = (last[active] > tol * first[active]).nonzero()[:, 0]
         if not len(going) or iteration == max_iters:
             break
         steps, changes = steps[-memory:] if memory else [], changes[-memory:] if memory else []
@@ -74,12 +85,16 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
             moved = -sum(w.view(-1, 1, 1, 1) * dx for w, dx in zip((c / size.mT).unbind(1), steps))
         grad, = torch.autograd.grad(phi_t, x_t, 2 * r)                         # ∇L; none of the weights
         eta = (0.3 if memory else 1) * r.square().sum(1) / grad.square().sum((1, 2, 3)).clamp(min=1e-30)
-        step = (moved - eta.view(-1, 1, 1, 1) * grad)[going]
+        step = moved - eta.view(-1, 1, 1, 1) * grad
+        step = damping[active].view(-1, 1, 1, 1) * step
+        step[lost] = (best - x)[active[lost]]
+        step = step[going]
         steps, changes = [dx[going] for dx in steps] + [step], [dp[going] for dp in changes]
-        active, r_before = active[going], (phi_t.detach() - phi_c[active])[going]
+        L_before, r_before = L[going], (phi_t.detach() - phi_c[active])[going]
+        active = active[going]
         x[active] += step
         gradients[active] += 1
-    return x, dict(first=first, last=last, gradients=gradients, converged=last <= tol * first)
+    return best, dict(first=first, last=last, gradients=gradients, converged=last <= tol * first)
 
 
 # §3, Algorithm 1
@@ -189,20 +204,23 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
     ∫ (E_p₁‖s₁ − s₂‖² + E_p₂‖s₁ − s₂‖²) σ dσ, where s_i = (x̂(y matched to φ_i) − y)/σ² is the score of y
     given φ_i; by the trapezoid rule over `sigmas` (increasing). x1, x2: (C, H, W) in [0, 1]; y = x_i + σz
     stands for a sample of p_i, `draws` of each, with the same z at every σ. φ_i at each σ averages phi_draws
-    realisations. Returns (value, its standard error over draws, the integrand (len(sigmas),)), in nats.
+    realisations. Returns (value, its standard error over draws, the integrand (len(sigmas),), the share of
+    the y that Algorithm 2 could match (len(sigmas),)), the first three in nats. The integrand grows towards
+    small σ, where few y can be matched to the φ of another picture: the least σ decides.
     """
-    sigmas, d2 = torch.as_tensor(sigmas, dtype=torch.float64), []
+    sigmas, d2, reached = torch.as_tensor(sigmas, dtype=torch.float64), [], []
     z = torch.randn(draws, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
     targets = [target_phi(model, x[None], draws=phi_draws, generator=generator) for x in (x1, x2)]
     for sigma in sigmas.tolist():
         y = torch.cat([x1 + sigma * z, x2 + sigma * z])                        # (2·draws, C, H, W)
-        matched = [guidance_step(model, y, target(sigma), tol, max_iters)[0] for target in targets]
-        x_hat = [model.denoise(y) for y in matched]
+        matched = [guidance_step(model, y, target(sigma), tol, max_iters) for target in targets]
+        reached.append(torch.cat([state["converged"] for _, state in matched]).double().mean().cpu())
+        x_hat = [model.denoise(x) for x, _ in matched]
         distance = (x_hat[0] - x_hat[1]).double().square().sum((1, 2, 3)).cpu() / sigma ** 4
         d2.append((distance[:draws] + distance[draws:]) * sigma)
     d2 = torch.stack(d2)                                                       # (len(sigmas), draws)
     values = torch.trapezoid(d2, sigmas, dim=0)
-    return float(values.mean()), float(values.std() / math.sqrt(draws)), d2.mean(1)
+    return float(values.mean()), float(values.std() / math.sqrt(draws)), d2.mean(1), torch.stack(reached)
 
 
 # Sheets
