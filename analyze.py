@@ -104,7 +104,7 @@ def compute_phi(model, x, rows, sigmas, draws, seed, device):
     starts = range(0, len(rows), BATCH)
     first = [len(starts) * r // world for r in range(world + 1)]               # each process's first batch
     room = max(b - a for a, b in zip(first, first[1:])) * BATCH
-    mine = torch.zeros(len(sigmas), room, 4 if model is None else model.width * 2 ** model.levels)
+    mine = torch.zeros(len(sigmas), room, model.width * 2 ** model.levels)
     tick = ticker("phi", (first[rank + 1] - first[rank]) * BATCH, "pictures")
     for k, a in enumerate(starts[first[rank]:first[rank + 1]]):
         batch = to_batch(x[rows[a:a + BATCH]], device)
@@ -252,7 +252,7 @@ def sparsity(study, out):
     PR of the mean over draws, one value a picture. The change is output minus input, its standard error over
     pictures. φ's PR is M's output over all pictures.
     """
-    names, levels = inner_blocks(study), [s for s in study.blocks if s != "again" and s >= 0.05]
+    names, levels = inner_blocks(study), [s for s in study.blocks if s != "again" and s >= min(0.05, study.sigma)]
     pr = {s: {b: [participation_ratio(v.double()).numpy() for v in study.blocks[s][b]] for b in names}
           for s in levels}
     main = pr[study.sigma]
@@ -505,7 +505,7 @@ def separation(a, b):
 
 
 def pair_separations(code, labels, rng, pairs=100, least=5):
-    """`separation` of random pairs of groups of at least `least` points: (pairs, 2). Skip if there is none."""
+    """`separation` of random pairs of groups of `least` points or more: (pairs, 2). Skip if there is none."""
     sizes = np.bincount(labels[labels >= 0])
     groups = np.flatnonzero(sizes >= least)
     if len(groups) < 2:
@@ -791,7 +791,7 @@ def embedding(study, out, pairs=40, draws=2):
 
 @torch.no_grad()
 def conditional_scores(study, pair, out):
-    """Fig. 21: at one x_σ, σ²·score given φ₁ and given φ₂: x̂ of the matched picture − x_σ; their difference."""
+    """Fig. 21: at one x_σ, σ²·score given φ₁ and given φ₂ (x̂ after matching, − x_σ); difference."""
     x1, x2 = study.pictures(pair)
     z = torch.randn(x1.shape, generator=study.generator(25), device=x1.device)
     rows, names = [torch.stack([x1, x2])], ["x1, x2"]
@@ -1007,7 +1007,7 @@ CLAIMS = [
                      f"{pm((r['bimodality'], r['bimodality_sd']))} ({r['specialised']} specialised, "
                      f"{r['common']} common)")),
     Claim("phi-neighbours agree in class more than pixel-neighbours", "Fig. 5, 14", "stark contrast",
-          "neighbours", f"mean difference of ten-neighbour agreement above 0 {SE} over queries", lead("pixels")),
+          "neighbours", f"mean lead in ten-neighbour agreement above 0 {SE} over queries", lead("pixels")),
     Claim("... more than phi of an untrained network (our control)", "-", "-", "neighbours",
           "as above", lead("phi, untrained")),
     Claim("phi's lie on a union of subspaces", "Fig. 5", "picture", "neighbours",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import analyze
 import sample
 import train
 import unet
@@ -913,9 +914,9 @@ def test_conditional_distance():
     assert max(abs(np.array(values) / exact - 1)[sigmas < 0.5]) < 0.1
     assert abs(np.trapezoid(values, sigmas) * lam / (256 * 0.49) - 1) < 0.05
     model.sigma = 0.5                          # the trapezoid rule and the standard error, by hand
-    value, error, integrand = sample.conditional_distance(model, x1, x2, [0.5, 0.6, 0.8], 3, 2)
+    value, error, integrand, matched = sample.conditional_distance(model, x1, x2, [0.5, 0.6, 0.8], 3, 2)
     assert abs(value - (integrand[0] * 0.05 + integrand[1] * 0.15 + integrand[2] * 0.1).item()) < 1e-9 * value
-    assert 0 < error < value
+    assert 0 < error < value and matched.tolist() == [1, 1, 1]
 
 
 def test_panel_geometry():
@@ -980,3 +981,242 @@ def test_sample_command_line(tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     code, _, err = finish(script("sample.py", tmp_path / "bad.pt", picture, "--out", tmp_path / "b.png"))
     assert code == 2 and "bad.pt" in err and err.count("\n") == 1
+
+
+# analyze.py
+
+def study_of(model=None, x=None, n=8, **options):
+    """A Study of n black 8×8 pictures, or of x."""
+    x = np.zeros((n, 8, 8, 1), np.uint8) if x is None else x
+    checkpoint = dict(size=8, sigma_max=1.0, mean=[0.5], model=dict(width=2, channels=1, levels=1),
+                      flags=dict(init="plain"))
+    return analyze.Study(model, checkpoint, x, np.arange(len(x)), **options)
+
+
+def test_measures_by_hand():
+    v = torch.tensor([[0, 3.0, 0, 0], [2, 2, 2, 2], [1, 3, 0, 0]])
+    assert gap(analyze.participation_ratio(v), [1 / 4, 1, 16 / 40]) < 1e-6
+    assert analyze.participation_ratio(torch.zeros(3)).isnan()
+    # 0 0 0 0 5: mean 1, second moment 4, third 12, fourth 52
+    one = np.array([0.0, 0, 0, 0, 5])
+    assert abs(analyze.kurtosis(torch.tensor(one)).item() - 52 / 16) < 1e-9
+    assert abs(analyze.bimodality(one) - (12 ** 2 / 4 ** 3 + 1) / (52 / 16)) < 1e-9
+    assert abs(analyze.bimodality(np.array([0.0, 1, 0, 1])) - 1) < 1e-9
+    assert abs(analyze.bimodality(np.linspace(0, 1, 10_001)) - 5 / 9) < 1e-3
+    assert analyze.otsu(np.array([0.9, 0.1, 0.2, 0.8])) == 0.5
+    assert analyze.ranks(np.array([5, 1, 5, 7])).tolist() == [2.5, 1, 2.5, 4]
+    assert abs(analyze.rank_correlation(np.array([1.0, 2, 3, 4]), np.array([1, 10, 5, 100.0])) - 0.8) < 1e-9
+    assert abs(analyze.adjusted_rand_index([0, 0, 1, 2], [5, 5, 3, 3]) - 4 / 7) < 1e-9
+    assert analyze.adjusted_rand_index([0, 1, 1], [7, 2, 2]) == 1
+    assert analyze.mean_se([1, 2, 3]) == (2, 1 / math.sqrt(3))
+
+
+def test_separation_of_two_gaussians():
+    shift, scale = torch.tensor([3.0, 4, 0]), torch.tensor([1.0, 2, 9])
+    a, b = normal(200_000, 3), normal(200_000, 3, seed=1) * scale + shift
+    distance, sd = analyze.separation(a, b)
+    line = shift / 5                           # variances along it: 1 and 0.6²·1 + 0.8²·4
+    assert abs(distance - 5) < 0.03 and abs(sd - math.sqrt((1 + (line * scale).square().sum()) / 2)) < 0.01
+    with pytest.raises(analyze.Skip):
+        analyze.pair_separations(a[:6], np.array([0, 0, 0, 0, 0, 1]), np.random.default_rng(0))
+
+
+def test_gaussian_control_has_the_same_moments():
+    code = normal(20_000, 3) @ normal(3, 3, seed=1).exp() + 2
+    twin = analyze.gaussian_like(code, 0)
+    assert gap(twin.mean(0), code.mean(0)) < 0.05 * code.std()
+    assert gap(torch.cov(twin.T), torch.cov(code.T)) < 0.05 * code.var()
+
+
+def test_tsne():
+    x = torch.cat([normal(20, 5, seed=k) + 20 * k for k in range(3)])
+    y = analyze.tsne(x, iterations=400)
+    distance = torch.cdist(y, y).view(3, 20, 3, 20)
+    within = max(distance[k, :, k].max() for k in range(3))
+    between = min(distance[k, :, j].min() for k in range(3) for j in range(3) if j != k)
+    assert between > within
+    turn = torch.linalg.qr(normal(5, 5, seed=9).double())[0]
+    turned = analyze.tsne(x.double() @ turn, iterations=20)            # later, rounding errors grow
+    assert gap(turned, analyze.tsne(x, iterations=20)) < 1e-3 * turned.abs().max()
+
+
+def test_sparsity_of_a_hand_set_network(tmp_path):
+    model = UNet(width=2, channels=1, levels=2)
+    for p in model.parameters():
+        nn.init.zeros_(p)                      # every layer then puts out ReLU(its bias), whatever goes in
+    model.blocks["E1"][-2].bias.data = torch.tensor([1.0, 0])
+    model.blocks["E2"][-2].bias.data = torch.tensor([1.0, 1, 1, 1])
+    model.blocks["M"][-2].bias.data = torch.tensor([0, 0, 7.0, 0, 0, 0, 0, 0])
+    model.up["D2"].bias.data = torch.tensor([2.0, 2, 2, 2])
+    model.blocks["D2"][-2].bias.data = torch.tensor([3.0, 1, 0, 0])
+    study = study_of(model, draws=2)
+    study.phi = {0.3: torch.tensor([[0, 0, 7.0, 0, 0, 0, 0, 0]] * 8)}
+    out = analyze.sparsity(study, tmp_path)
+    for block, before, after in (("E2", 1 / 2, 1), ("M", 1, 1 / 8), ("D2", 12 ** 2 / 8 / 20, 16 / 40)):
+        assert gap(out["pr_input"][block], [before] * 8) < 1e-6
+        assert gap(out["pr_output"][block], [after] * 8) < 1e-6
+        assert gap(out["change"][block][0], after - before) < 1e-6
+    assert gap(out["phi_pr_mean"], 1 / 8) < 1e-6
+
+
+def test_stability_in_closed_form(tmp_path):
+    class Model:                               # of black pictures, mean(y²) is σ²: ā_M is (1, σ²), ā_E1 (1, 1)
+        blocks, width, levels = ("E1", "M", "D1"), 1, 1
+
+        def activations(self, y):
+            power = y.square().mean((1, 2, 3))
+            return {"E1": (power[:, None],) * 2, "D1": (power[:, None],) * 2,
+                    "M": (torch.stack([power, power], 1), torch.stack([torch.ones_like(power), power], 1))}
+    out = analyze.stability(study_of(Model(), np.zeros((4, 32, 32, 1), np.uint8), draws=60), tmp_path)
+    cosine = [(1 + 0.25 * s * s) / math.sqrt(1.0625 * (1 + s ** 4)) for s in out["sigma_2"]]
+    assert max(abs(out["mean"]["M"] - cosine)) < 0.005 and gap(out["mean"]["E1"], [1] * 13) < 1e-6
+    assert 0 in out["sigma_2"] and 3 in out["sigma_2"] and out["next_best"] == "E1"
+
+
+def test_selectivity_of_a_hand_made_phi(tmp_path):
+    n = 20
+    code = torch.zeros(n, 5)
+    code[3, 0], code[[4, 5], 1] = 9, torch.tensor([1.0, 2])            # PR 1/20, 9/(20·5); channel 2 is silent
+    code[:, 3], code[:, 4] = 1, 2 - torch.arange(n) / 100
+    study = study_of(x=np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1), np.uint8))
+    study.phi = {0.3: code}
+    out = analyze.selectivity(study, tmp_path)
+    assert gap(out["pr"][[0, 1, 3]], [1 / 20, 9 / 100, 1]) < 1e-6
+    assert out["silent"] == 1 and out["specialised"] == 2 and out["common"] == 2
+    assert out["shown"][:2] == [0, 1] and set(out["shown"][2:]) == {3, 4}
+    assert out["top"][1][:2].tolist() == [5, 4] and out["top"][4].tolist() == list(range(9))
+    report = analyze.judge(dict(selectivity=out))
+    assert [row["verdict"] for row in report] == ["holds"]             # two groups, far apart
+
+
+def test_nearest_and_pca():
+    code = torch.tensor([[1.0, 0], [10, 1], [0, 1], [1, 5]])
+    assert analyze.nearest(code, [0, 2], 2).tolist() == [[1, 3], [3, 1]]       # by angle, not by length
+    for shape in (40, 6), (6, 40):             # both Gram matrices, against the singular value decomposition
+        v = normal(*shape)
+        u, s, _ = torch.linalg.svd(v - v.mean(0), full_matrices=False)
+        assert gap(analyze.principal_components(v, 3).abs(), (u * s)[:, :3].abs()) < 1e-4
+
+
+def test_streamed_phi_and_map_statistics():
+    torch.manual_seed(0)
+    model = UNet(width=2, channels=1, levels=1)
+    x = np.random.default_rng(0).integers(0, 256, (analyze.BATCH + 6, 8, 8, 1), np.uint8)
+    study = study_of(model, x, draws=3)
+    code = analyze.compute_phi(model, x, study.rows, [0.3, 0.0], 3, 0, "cpu")
+    assert code.shape == (2, len(x), 4)
+    for a in 0, analyze.BATCH:
+        batch = train.to_batch(x[a:a + analyze.BATCH], "cpu")
+        generator = train.seeded("cpu", 0, 5, 300_000, a)
+        assert gap(code[0, a:a + analyze.BATCH], phi(model, batch, 0.3, 3, generator)) < 1e-6
+        assert gap(code[1, a:a + analyze.BATCH], model.activations(batch)["M"][1].detach()) < 1e-6
+    maps = []                                  # all of them at once, with the same noise
+    for a in 0, analyze.BATCH:
+        batch, generator = study.pictures(study.rows[a:a + analyze.BATCH]), study.generator(20, a)
+        noisy = [batch + 0.3 * torch.randn(batch.shape, generator=generator) for _ in range(3)]
+        maps.append(torch.stack([model.encode(y)[0].detach() for y in noisy]).mean(0))
+    maps = torch.cat(maps).double().flatten(2)                                 # (n, d, hw)
+    spatial, dimension = analyze.map_statistics(study, study.rows)
+    for c in range(4):
+        size, pr = maps[:, c].mean(1), analyze.participation_ratio(maps[:, c]).nan_to_num()
+        eigenvalues = torch.linalg.eigvalsh(torch.cov(maps[:, c].T, correction=0))
+        assert abs(spatial[c] - (size * pr).sum() / size.sum()) < 1e-9
+        assert abs(dimension[c] - eigenvalues.sum() ** 2 / eigenvalues.square().sum()) < 1e-6
+
+
+def test_gratings_frequency_and_orientation():
+    bank = analyze.gratings(16, 3, [2, 3], [0, math.pi / 2], phases=2)
+    assert bank.shape == (2, 2, 2, 3, 16, 16) and 0 <= bank.min() and bank.max() <= 1
+    for f, cycles in enumerate((2, 3)):
+        for orientation, place in enumerate(((0, cycles), (cycles, 0))):
+            spectrum = torch.fft.fft2(bank[f, orientation, 0, 0] - 0.5).abs()[:9, :9]
+            assert divmod(int(spectrum.argmax()), 9) == place
+
+
+def test_phi_cache(tmp_path):
+    path, calls, key = str(tmp_path / "phi.npz"), [], dict(checkpoint="a", sigmas=[0.3, 0.1])
+
+    def cached(key):
+        return analyze.cached_phi(path, key, ["p", "q"], np.array([0, -1]),
+                                  lambda: calls.append(1) or normal(2, 2, 3, seed=len(calls)))
+    first, again = cached(key), cached(key)
+    assert len(calls) == 1 and all(gap(first[s], again[s]) == 0 for s in (0.3, 0.1))
+    assert gap(cached({**key, "checkpoint": "b"})[0.3], first[0.3]) > 0 and len(calls) == 2
+    with np.load(path) as file:                # what kmeans.py reads
+        assert file["phi"].shape == (2, 3) and file["paths"].tolist() == ["p", "q"]
+        assert file["labels"].tolist() == [0, -1] and file["sigma"].tolist() == [0.3, 0.1]
+        assert file["checkpoint"] == "b"
+    Path(path).write_bytes(b"mine")
+    with pytest.raises(UserError, match="not written by analyze.py"):
+        cached(key)
+    assert Path(path).read_bytes() == b"mine"
+
+
+def test_axes():
+    assert analyze.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert analyze.ticks(0.05, 3, log=True) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    plot = analyze.Axes((400, 300), (0, 1), (0, 1), "x", "y")
+    plot.line([0, 1], [0, 1], "#ff0000", "line")
+    pixels = np.asarray(plot.image())
+    red = np.argwhere((pixels == [255, 0, 0]).all(-1))
+    red = red[red[:, 0] > 60]                  # not the legend
+    assert len(red) > 200 and np.corrcoef(red.T)[0, 1] < -0.99         # from bottom left to top right
+
+
+def finite_numbers(value):
+    """All numbers of a nested structure are finite; a null must not be there."""
+    if isinstance(value, dict):
+        return all(finite_numbers(v) for v in value.values())
+    if isinstance(value, list):
+        return all(finite_numbers(v) for v in value)
+    return isinstance(value, str) or value is not None and math.isfinite(value)
+
+
+def test_analyze_command_line(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(60):                        # three classes of 20: noise of different contrast
+        folder = tmp_path / "data" / "abc"[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = rng.normal(128, 20 + 30 * (i % 3), (8, 8, 3)).clip(0, 255)
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
+    assert finish(script("train.py", "--data", tmp_path / "data", "--size", 8, "--width", 4, "--levels", 1, "--val",
+                         0.5, "--batch", 8, "--epochs", 3, "--device", "cpu", "--out", tmp_path / "c.pt"))[0] == 0
+    words = ["--draws", 2, "--device", "cpu", "--out"]
+    run = script("analyze.py", tmp_path / "c.pt", *words, tmp_path / "f")
+    pair = script("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={20_000 + os.getpid() % 20_000}",
+                  "analyze.py", tmp_path / "c.pt", "--only", "selectivity", "--data", tmp_path / "data", *words,
+                  tmp_path / "two")
+    bare = script("analyze.py", tmp_path / "c.pt", "--data", tmp_path / "data" / "a", "--only", "neighbours",
+                  "clusters", "denoising", "--clusters", 50, *words, tmp_path / "bare")
+    code, out, err = finish(run)
+    assert code == 0, err
+    names = {path.stem for path in (tmp_path / "f").glob("*.png")}
+    assert names == {*analyze.ANALYSES, "cluster-members", "scores", "unconditional"}
+    for name in names:
+        pixels = np.asarray(Image.open(tmp_path / "f" / f"{name}.png").convert("L"))
+        assert pixels.std() > 5 and pixels.shape[1] > 700, name
+    record = json.loads((tmp_path / "f" / "results.json").read_text())
+    assert set(record["analyses"]) == set(analyze.ANALYSES) and set(record["seconds"]) > set(analyze.ANALYSES)
+    assert not any("skipped" in numbers for numbers in record["analyses"].values())
+    channels = [record["analyses"]["channels"], record["analyses"]["selectivity"]["pr"]]
+    assert finite_numbers({k: v for k, v in record.items() if k not in ("analyses", "settings")})
+    assert finite_numbers({k: v for k, v in record["analyses"].items() if k not in ("channels", "selectivity")})
+    assert channels and len(record["claims"]) == len(analyze.CLAIMS)
+    assert all(row["verdict"] in ("holds", "fails", "not comparable") for row in record["claims"])
+    assert "holds" in out and "results.json" in out
+
+    code, _, err = finish(pair)                # 60 pictures are one batch: the other process has none
+    assert code == 0, err
+    with np.load(tmp_path / "two" / "phi.npz") as two:
+        assert two["phi"].shape == (60, 8) and len(set(two["labels"])) == 3
+
+    code, out, err = finish(bare)              # no classes, more clusters than pictures, no training pictures
+    assert code == 0, err
+    assert "20 pictures cannot make 50 clusters; give a smaller --clusters" in out
+    verdicts = {row["claim"]: row for row in json.loads((tmp_path / "bare" / "results.json").read_text())["claims"]}
+    assert verdicts["phi-neighbours agree in class more than pixel-neighbours"]["here"] == "no class labels"
+    assert verdicts["training and held-out PSNR agree"]["verdict"] == "not comparable"
+    for words, message in ((["missing.pt"], "missing.pt"), ([tmp_path / "c.pt", "--data", "nowhere"], "nowhere"),
+                           ([tmp_path / "c.pt", "--pictures", "no.png"], "no.png")):
+        code, _, err = finish(script("analyze.py", *words, "--device", "cpu", "--out", tmp_path / "e"))
+        assert code == 2 and message in err and err.count("\n") == 1
