@@ -49,11 +49,12 @@ class Study:
     """
 
     def __init__(self, model, checkpoint, x, rows, labels=None, sigmas=(0.3,), draws=20, seed=0, device="cpu",
-                 train=None, held_out=None, clusters=None, given=None):
+                 train=None, held_out=None, clusters=None, given=None, steps=40, pairs=40):
         self.model, self.checkpoint, self.x, self.rows = model, checkpoint, x, rows
         self.labels = np.full(len(rows), -1) if labels is None else labels
         self.sigma, self.sigmas, self.draws, self.seed, self.device = sigmas[0], sigmas, draws, seed, device
-        self.train, self.held_out, self.clusters, self.given, self.phi = train, held_out, clusters, given, {}
+        self.train, self.held_out, self.clusters, self.given = train, held_out, clusters, given
+        self.steps, self.pairs, self.phi = steps, pairs, {}
 
     def pictures(self, i):
         """Pictures i (indices into `rows`) as (len(i), C, H, W) in [0, 1] on the device."""
@@ -172,8 +173,8 @@ def kurtosis(v):
 
 def bimodality(v):
     """Sarle's coefficient (skewness² + 1) / kurtosis: 1 two points, 5/9 uniform, 1/3 Gaussian; 1-D array."""
-    v = v - v.mean()
-    return float(((v ** 3).mean() ** 2 / (v ** 2).mean() ** 3 + 1) / ((v ** 4).mean() / (v ** 2).mean() ** 2))
+    m2, m3, m4 = (((v - v.mean()) ** k).mean() for k in (2, 3, 4))
+    return float((m3 ** 2 / m2 ** 3 + 1) / (m4 / m2 ** 2)) if m2 > 0 else math.nan
 
 
 def otsu(v):
@@ -340,7 +341,7 @@ def selectivity(study, out):
     pr = study.selectivity[np.isfinite(study.selectivity)]
     special, common = need_channels(study)
     rng = np.random.default_rng((study.seed, 12))
-    spread = np.std([bimodality(rng.choice(pr, len(pr))) for _ in range(200)])
+    spread = np.nanstd([bimodality(rng.choice(pr, len(pr))) for _ in range(200)])
     shown = [*special[:4], *common[::-1][:2]]
     numbers = dict(pr=study.selectivity, silent=int(np.isnan(study.selectivity).sum()),
                    threshold=study.threshold, specialised=len(special), common=len(common),
@@ -746,7 +747,7 @@ def channels(study, out):
 
 # §3, Conditional densities (Fig. 8, 14 right, 21)
 
-def embedding(study, out, pairs=40, draws=2):
+def embedding(study, out, draws=2):
     """Fig. 8, 21: Eq. 4, d²(p₁, p₂), against ‖φ₁ − φ₂‖² for random pairs; A and B of inequality (3).
 
     A and B are the least and the largest ratio d²/‖φ₁ − φ₂‖², φ at the study's σ. The integral runs over 5
@@ -757,7 +758,7 @@ def embedding(study, out, pairs=40, draws=2):
     if len(study.rows) < 4:
         raise Skip("fewer than four pictures")
     rng = np.random.default_rng((study.seed, 23))
-    chosen = rng.permutation(len(study.rows))[:2 * pairs]
+    chosen = rng.permutation(len(study.rows))[:2 * study.pairs]
     chosen = chosen[:len(chosen) // 2 * 2].reshape(-1, 2)
     sigmas = np.geomspace(0.2, max(study.checkpoint["sigma_max"], 0.3), 5)
     code, tick, values = study.phi[study.sigma].double(), ticker("embedding", len(chosen), "pairs"), []
@@ -814,7 +815,7 @@ def run_algorithm_1(study, x, samples, word, report):
     targets = [target_phi(study.model, v[None], generator=study.generator(word, 1, j))
                for j, v in enumerate(x)]
     mean = torch.as_tensor(study.checkpoint["mean"], dtype=torch.float32, device=x.device)
-    sigmas = np.linspace(study.checkpoint["sigma_max"], 0.03, 40).tolist()
+    sigmas = np.linspace(study.checkpoint["sigma_max"], 0.03, study.steps).tolist()
     generators = [seeded("cpu", study.seed, word, 2, i) for i in range(samples * len(x))]
     condition = lambda s: torch.cat([t(s) for t in targets]).repeat_interleave(samples, 0)
     return reconstruct(study.model, condition, mean, sigmas, x.shape[1:], generators, report=report)
@@ -827,7 +828,7 @@ def matching(study, out, m=24):
     other targets, each picture less its mean colour.
     """
     x = study.pictures(study.choose(m, 27))
-    tick, levels = ticker("matching", 40, "noise levels"), []
+    tick, levels = ticker("matching", study.steps, "noise levels"), []
 
     def report(t, sigma, _, state):
         levels.append((sigma, state["sigma_before"].cpu().numpy(), state["sigma_after"].cpu().numpy(),
@@ -861,11 +862,11 @@ def matching(study, out, m=24):
 
 
 def reconstruction(study, out, samples=8):
-    """Fig. 7, 19: eight samples around two pictures (Algorithm 1, 40 steps), and 16 unconditional samples.
+    """Fig. 7, 19: eight samples around two pictures (Algorithm 1), and 16 unconditional samples.
 
     Distances and correlations: as sample.py measures them.
     """
-    x, tick = study.pictures(study.choose(2, 30)), ticker("reconstruction", 40, "noise levels")
+    x, tick = study.pictures(study.choose(2, 30)), ticker("reconstruction", study.steps, "noise levels")
     y = run_algorithm_1(study, x, samples, 31, lambda t, *_: tick(t + 1)).split(samples)
     unrelated = study.pictures(study.choose(64, 33))
     scale = None
@@ -1361,6 +1362,8 @@ def arguments():
     add("--sigma", nargs="+", type=number(float, 0, 100), default=[0.3, 0.1, 0.5, 1.0], metavar="SIGMA",
         help="noise levels of φ; the first is the one analysed (default: 0.3 0.1 0.5 1.0)")
     add("--clusters", type=number(int, 2), help="K (default: 100, at most a twentieth of the pictures)")
+    add("--pairs", type=number(int, 2), default=40, help="of pictures, for Eq. 4 (default: %(default)s)")
+    add("--steps", type=number(int, 2), default=40, help="noise levels of Algorithm 1 (default: %(default)s)")
     add("--pictures", nargs="+", metavar="FILE", help="for `attributes` (default: three, by seed)")
     add("--seed", type=number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
     add("--out", default="figures", metavar="FOLDER", help="default: %(default)s")
@@ -1378,7 +1381,8 @@ def open_study(flags, model, checkpoint, device):
     rows = np.sort(np.random.default_rng((flags.seed, 10)).permutation(rows)[:flags.images])
     sigmas = list(dict.fromkeys(flags.sigma))
     study = Study(model, checkpoint, pictures.x, rows, pictures.labels[rows], sigmas, flags.draws, flags.seed,
-                  device, train if own else None, held_out if own else None, flags.clusters, flags.pictures)
+                  device, train if own else None, held_out if own else None, flags.clusters, flags.pictures, flags.steps,
+                  flags.pairs)
     return study, pictures.fingerprint, [pictures.paths[i] for i in rows]
 
 

@@ -1060,12 +1060,12 @@ def test_sparsity_of_a_hand_set_network(tmp_path):
 
 
 def test_stability_in_closed_form(tmp_path):
-    class Model:                               # of black pictures, mean(y²) is σ²: ā_M is (1, σ²), ā_E1 (1, 1)
+    class Model:                               # of black pictures, mean(y²) is σ²: ā_M is (1, σ²)
         blocks, width, levels = ("E1", "M", "D1"), 1, 1
 
         def activations(self, y):
             power = y.square().mean((1, 2, 3))
-            return {"E1": (power[:, None],) * 2, "D1": (power[:, None],) * 2,
+            return {"E1": (1 + power[:, None],) * 2, "D1": (power[:, None],) * 2,
                     "M": (torch.stack([power, power], 1), torch.stack([torch.ones_like(power), power], 1))}
     out = analyze.stability(study_of(Model(), np.zeros((4, 32, 32, 1), np.uint8), draws=60), tmp_path)
     cosine = [(1 + 0.25 * s * s) / math.sqrt(1.0625 * (1 + s ** 4)) for s in out["sigma_2"]]
@@ -1172,22 +1172,24 @@ def finite_numbers(value):
     return isinstance(value, str) or value is not None and math.isfinite(value)
 
 
-def test_analyze_command_line(tmp_path):
+def test_analyze_command_line(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    for i in range(60):                        # three classes of 20: noise of different contrast
+    for i in range(90):                        # three classes of 30: noise of different contrast
         folder = tmp_path / "data" / "abc"[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         noise = rng.normal(128, 20 + 30 * (i % 3), (8, 8, 3)).clip(0, 255)
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
-    assert finish(script("train.py", "--data", tmp_path / "data", "--size", 8, "--width", 4, "--levels", 1, "--val",
-                         0.5, "--batch", 8, "--epochs", 3, "--device", "cpu", "--out", tmp_path / "c.pt"))[0] == 0
-    words = ["--draws", 2, "--device", "cpu", "--out"]
-    run = script("analyze.py", tmp_path / "c.pt", *words, tmp_path / "f")
-    pair = script("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={20_000 + os.getpid() % 20_000}",
-                  "analyze.py", tmp_path / "c.pt", "--only", "selectivity", "--data", tmp_path / "data", *words,
-                  tmp_path / "two")
-    bare = script("analyze.py", tmp_path / "c.pt", "--data", tmp_path / "data" / "a", "--only", "neighbours",
-                  "clusters", "denoising", "--clusters", 50, *words, tmp_path / "bare")
+    assert finish(script("train.py", "--data", tmp_path / "data", "--size", 8, "--width", 4, "--levels", 1,
+                         "--val", 0.5, "--batch", 8, "--epochs", 3, "--device", "cpu", "--out",
+                         tmp_path / "c.pt"))[0] == 0
+    words = [tmp_path / "c.pt", "--draws", 2, "--device", "cpu", "--out"]
+    run = script("analyze.py", *words, tmp_path / "f", "--steps", 3, "--pairs", 4, "--clusters", 4)
+    pair = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "analyze.py", *words,
+                  tmp_path / "two", "--only", "selectivity", "--data", tmp_path / "data")
+
+    def here(*words):
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, words)])
+        return analyze.main()
     code, out, err = finish(run)
     assert code == 0, err
     names = {path.stem for path in (tmp_path / "f").glob("*.png")}
@@ -1198,25 +1200,35 @@ def test_analyze_command_line(tmp_path):
     record = json.loads((tmp_path / "f" / "results.json").read_text())
     assert set(record["analyses"]) == set(analyze.ANALYSES) and set(record["seconds"]) > set(analyze.ANALYSES)
     assert not any("skipped" in numbers for numbers in record["analyses"].values())
-    channels = [record["analyses"]["channels"], record["analyses"]["selectivity"]["pr"]]
-    assert finite_numbers({k: v for k, v in record.items() if k not in ("analyses", "settings")})
-    assert finite_numbers({k: v for k, v in record["analyses"].items() if k not in ("channels", "selectivity")})
-    assert channels and len(record["claims"]) == len(analyze.CLAIMS)
+    silent = np.array([v is None for v in record["analyses"]["selectivity"]["pr"]])
+    assert silent.sum() == record["analyses"]["selectivity"].pop("silent") < len(silent) / 2
+    for name in "pr", "kurtosis", "spatial_pr", "pca_dimension", "stability_centred":  # null in silent channels
+        for analysis in record["analyses"]["channels"], record["analyses"]["selectivity"]:
+            assert finite_numbers([v for v, s in zip(analysis.pop(name, []), silent) if not s])
+    del record["settings"]                     # flags that were not given are null
+    assert finite_numbers(record) and len(record["claims"]) == len(analyze.CLAIMS)
     assert all(row["verdict"] in ("holds", "fails", "not comparable") for row in record["claims"])
     assert "holds" in out and "results.json" in out
 
-    code, _, err = finish(pair)                # 60 pictures are one batch: the other process has none
+    code, _, err = finish(pair)                # two batches, one for each process
     assert code == 0, err
+    model, checkpoint = load_checkpoint(tmp_path / "c.pt")
+    x = train.checkpoint_pictures(checkpoint)[0].x
+    alone = analyze.compute_phi(model, x, np.arange(90), [0.3], 2, 0, "cpu")
     with np.load(tmp_path / "two" / "phi.npz") as two:
-        assert two["phi"].shape == (60, 8) and len(set(two["labels"])) == 3
+        assert gap(two["phi"], alone[0]) < 1e-6 and len(set(two["labels"])) == 3
 
-    code, out, err = finish(bare)              # no classes, more clusters than pictures, no training pictures
-    assert code == 0, err
-    assert "20 pictures cannot make 50 clusters; give a smaller --clusters" in out
-    verdicts = {row["claim"]: row for row in json.loads((tmp_path / "bare" / "results.json").read_text())["claims"]}
+    # no classes, more clusters than pictures, no training pictures
+    assert here(*words, tmp_path / "bare", "--data", tmp_path / "data" / "a", "--only", "neighbours", "clusters",
+                "denoising", "--clusters", 50) == 0
+    assert "30 pictures cannot make 50 clusters; give a smaller --clusters" in capsys.readouterr().out
+    table = json.loads((tmp_path / "bare" / "results.json").read_text())["claims"]
+    verdicts = {row["claim"]: row for row in table}
     assert verdicts["phi-neighbours agree in class more than pixel-neighbours"]["here"] == "no class labels"
     assert verdicts["training and held-out PSNR agree"]["verdict"] == "not comparable"
     for words, message in ((["missing.pt"], "missing.pt"), ([tmp_path / "c.pt", "--data", "nowhere"], "nowhere"),
                            ([tmp_path / "c.pt", "--pictures", "no.png"], "no.png")):
-        code, _, err = finish(script("analyze.py", *words, "--device", "cpu", "--out", tmp_path / "e"))
-        assert code == 2 and message in err and err.count("\n") == 1
+        with pytest.raises(UserError, match=message):
+            here(*words, "--device", "cpu", "--out", tmp_path / "e")
+    code, _, err = finish(script("analyze.py", tmp_path / "none.pt"))
+    assert code == 2 and "none.pt" in err and err.count("\n") == 1
