@@ -450,7 +450,7 @@ def neighbours(study, out, k=10):
         numbers |= dict(agreement={s: mean_se(v) for s, v in same.items()}, chance=float((share ** 2).sum()),
                         lead={s: mean_se(same["phi"] - v) for s, v in same.items() if s != "phi"})
     unit = F.normalize(code, dim=1)
-    first = int(study.choose(len(study.rows), 17)[0] % len(chosen))
+    first = int(np.random.default_rng((study.seed, 17)).integers(len(chosen)))
     targets = [first, int((unit @ unit[first]).argmin())]
     m = min(24, len(chosen) // 3)
     groups = {s: nearest(spaces[s], targets, m) for s in ("phi", "pixels")}
