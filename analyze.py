@@ -30,7 +30,7 @@ from train import (Parser, checkpoint_pictures, choose_device, duration, evaluat
                    number, seeded, to_batch)
 from unet import UNet, UserError, load_checkpoint, phi
 
-BATCH = 64                # pictures at a time; their noise depends on it, so it is no flag
+BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 256              # pictures for what needs the whole network at many noise levels
 POOL = 4000               # pictures for what compares all with all
 SIGMAS = 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0            # of Fig. 2
@@ -324,12 +324,12 @@ def top_pictures(study, channel, k=9):
     return v.topk(min(k, len(v))).indices.numpy()
 
 
-def need_channels(study, specialised=1, common=1):
-    """(specialised, common) or Skip if there are too few to show."""
-    kinds = study.channels()
-    if len(kinds[0]) < specialised or len(kinds[1]) < common:
-        raise Skip(f"only {len(kinds[0])} specialised and {len(kinds[1])} common channels")
-    return kinds
+def need_channels(study):
+    """(specialised, common), or Skip if all channels are alike."""
+    special, common = study.channels()
+    if not len(special) or not len(common):
+        raise Skip("all channels of phi are equally selective; has the network been trained?")
+    return special, common
 
 
 def selectivity(study, out):
@@ -353,7 +353,7 @@ def selectivity(study, out):
     p.line([study.threshold] * 2, p.ylim, RED, "threshold (Otsu)")
     panels = []
     for c in shown:
-        title = f"{'specialised' if c in special else 'common'} {c}: PR {study.selectivity[c]:.2f}"
+        title = f"{'specialised' if c in special else 'common'} {c}: PR {study.selectivity[c]:.2g}"
         pictures = panel(study.pictures(numbers["top"][c]), side=160, gap=4)
         panels.append(stack([caption(title, 24, 520), pictures]))
     save(stack([p.image(), *in_rows(panels)]), out, "selectivity")
@@ -365,7 +365,7 @@ def attributes(study, out):
 
     A channel's response is divided by its root mean square over the data set: channels differ in scale.
     """
-    special, _ = need_channels(study, 3)
+    special, _ = need_channels(study)
     code, size = study.phi[study.sigma], study.checkpoint["size"]
     if study.given:
         x = np.stack([load_picture(f, size, study.model.channels) for f in study.given])
@@ -377,12 +377,12 @@ def attributes(study, out):
     relative = (own / code.square().mean(0).sqrt())[:, special.copy()]
     numbers, rows = dict(pictures=[]), []
     for i, name in enumerate(names):
-        value, at = relative[i].topk(3)
+        value, at = relative[i].topk(min(3, len(special)))
         best = special[at.numpy()]
         numbers["pictures"].append(dict(name=str(name), channels=best, response=value,
                                         top=[top_pictures(study, c) for c in best]))
         cells = [stack([caption(os.path.basename(str(name)), 24, 380), to_image(x[i], 330)])]
-        cells += [stack([caption(f"channel {c}, PR {study.selectivity[c]:.2f}", 24, 380),
+        cells += [stack([caption(f"channel {c}, PR {study.selectivity[c]:.2g}", 24, 380),
                          panel(study.pictures(top_pictures(study, c)), side=110, gap=4)]) for c in best]
         rows.append(beside_of(cells))
     title = "A picture, and what else excites the specialised channels that it excites most"
@@ -725,7 +725,7 @@ def channels(study, out):
     for name, group, color in ("specialised", special[:4], ORANGE), ("common", common[::-1][:4], BLUE):
         cells = []
         for c in group:
-            p = Axes((395, 320), None, None, "phi[i]", "pictures", f"{name} {c}, PR {pr[c]:.2f}")
+            p = Axes((395, 320), None, None, "phi[i]", "pictures", f"{name} {c}, PR {pr[c]:.2g}")
             p.histogram(code[:, c].numpy(), 40, color)
             cells.append(p.image())
         rows.append(beside_of(cells))
@@ -807,7 +807,7 @@ def conditional_scores(study, pair, out):
         rows.append(torch.cat([y, *scores, *x_hat, 0.5 + (x_hat[0] - x_hat[1]) / 2]))
         names.append(f"sigma {sigma:g}")
     title = "Noisy x1; score given phi1, given phi2; denoised by each; half their difference"
-    save(picture_rows(rows, names, title, side=190), out, "scores")
+    save(picture_rows(rows, names, title, side=224), out, "scores")
 
 
 def run_algorithm_1(study, x, samples, word, report):
@@ -1266,7 +1266,7 @@ def in_rows(images, columns=3):
     return [beside_of(images[i:i + columns]) for i in range(0, len(images), columns)]
 
 
-def picture_rows(rows, names, title, side=110):
+def picture_rows(rows, names, title, side=120):
     """Rows of pictures, each (k, C, H, W), with a name in front of each."""
     left = 20 + int(max(font().getlength(n) for n in names))
     lines = [beside_of([caption(n, 26, left), *[to_image(x, side) for x in row]])

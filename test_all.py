@@ -1174,7 +1174,7 @@ def finite_numbers(value):
 
 def test_analyze_command_line(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    for i in range(90):                        # three classes of 30: noise of different contrast
+    for i in range(150):                       # three classes of 50: noise of different contrast
         folder = tmp_path / "data" / "abc"[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         noise = rng.normal(128, 20 + 30 * (i % 3), (8, 8, 3)).clip(0, 255)
@@ -1214,14 +1214,14 @@ def test_analyze_command_line(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     model, checkpoint = load_checkpoint(tmp_path / "c.pt")
     x = train.checkpoint_pictures(checkpoint)[0].x
-    alone = analyze.compute_phi(model, x, np.arange(90), [0.3], 2, 0, "cpu")
+    alone = analyze.compute_phi(model, x, np.arange(150), [0.3], 2, 0, "cpu")
     with np.load(tmp_path / "two" / "phi.npz") as two:
         assert gap(two["phi"], alone[0]) < 1e-6 and len(set(two["labels"])) == 3
 
     # no classes, more clusters than pictures, no training pictures
     assert here(*words, tmp_path / "bare", "--data", tmp_path / "data" / "a", "--only", "neighbours", "clusters",
-                "denoising", "--clusters", 50) == 0
-    assert "30 pictures cannot make 50 clusters; give a smaller --clusters" in capsys.readouterr().out
+                "denoising", "--clusters", 60) == 0
+    assert "50 pictures cannot make 60 clusters; give a smaller --clusters" in capsys.readouterr().out
     table = json.loads((tmp_path / "bare" / "results.json").read_text())["claims"]
     verdicts = {row["claim"]: row for row in table}
     assert verdicts["phi-neighbours agree in class more than pixel-neighbours"]["here"] == "no class labels"
