@@ -633,7 +633,7 @@ def clusters(study, out):
     save(stack([caption(f"{K} clusters of phi ({n} pictures, sigma = {study.sigma:g})"), beside_of(plots),
                 beside_of(drawn)]), out, "clusters")
     shown = rng.permutation(np.flatnonzero(np.bincount(labels) >= 5))[:10]
-    members = [rng.permutation(np.flatnonzero(labels == c))[:12] for c in shown]
+    members = [rng.permutation(np.flatnonzero(labels == c))[:11] for c in shown]
     save(picture_rows([study.pictures(m) for m in members], [f"{c} ({(labels == c).sum()})" for c in shown],
                       "Random members of ten clusters; cluster (pictures in it)"), out, "cluster-members")
     return numbers
@@ -1011,6 +1011,8 @@ CLAIMS = [
           "neighbours", f"mean lead in ten-neighbour agreement above 0 {SE} over queries", lead("pixels")),
     Claim("... more than phi of an untrained network (our control)", "-", "-", "neighbours",
           "as above", lead("phi, untrained")),
+    Claim("... more than pixels less their mean colour (our control)", "-", "-", "neighbours",
+          "as above", lead("pixels - mean colour")),
     Claim("phi's lie on a union of subspaces", "Fig. 5", "picture", "neighbours",
           "each group's phi has more energy in its own group's three directions than in the other's",
           lambda r: (all(a > b for a, b in zip(r["energy_own"], r["energy_other"])), "own "
