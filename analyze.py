@@ -253,7 +253,8 @@ def sparsity(study, out):
     PR of the mean over draws, one value a picture. The change is output minus input, its standard error over
     pictures. φ's PR is M's output over all pictures.
     """
-    names, levels = inner_blocks(study), [s for s in study.blocks if s != "again" and s >= min(0.05, study.sigma)]
+    names, least = inner_blocks(study), min(0.05, study.sigma)
+    levels = [s for s in study.blocks if s != "again" and s >= least]
     pr = {s: {b: [participation_ratio(v.double()).numpy() for v in study.blocks[s][b]] for b in names}
           for s in levels}
     main = pr[study.sigma]
@@ -938,13 +939,19 @@ def pm(value, digits=2):
     return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
 
 
+def above(value, sign=1):
+    """Whether sign × mean of (mean, standard error) is above two standard errors; None: too few values."""
+    return sign * value[0] > 2 * value[1] if math.isfinite(value[1]) else None
+
+
 def changes(names, sign):
     """A judge: PR changes from input to output in this direction, at every block that `names` picks."""
     def judge(r):
         picked = {b: c for b, c in r["change"].items() if names(b)}
         if not picked:
             return None, "no such block"
-        return all(sign * m > 2 * e for m, e in picked.values()), ", ".join(
+        verdicts = [above(c, sign) for c in picked.values()]
+        return None if None in verdicts else all(verdicts), ", ".join(
             f"{b} {m:+.3f} ± {e:.3f}" for b, (m, e) in picked.items())
     return judge
 
@@ -965,7 +972,7 @@ def more_separated(other):
         if other not in r["separation"]:
             return None, "no classes with five pictures"
         (m, e), (n, f) = r["separation"]["clusters"]["ratio"], r["separation"][other]["ratio"]
-        return m - n > 2 * math.hypot(e, f), f"{pm((m, e), 1)} against {pm((n, f), 1)} SD"
+        return above((m - n, math.hypot(e, f))), f"{pm((m, e), 1)} against {pm((n, f), 1)} SD"
     return judge
 
 
@@ -975,9 +982,8 @@ def lead(over):
         if "agreement" not in r:
             return None, "no class labels"
         (phi_here, _), (theirs, _) = r["agreement"]["phi"], r["agreement"][over]
-        m, e = r["lead"][over]
-        return m > 2 * e, (f"{phi_here:.3f} against {theirs:.3f}, lead {pm((m, e), 3)}; "
-                           f"chance {r['chance']:.3f}")
+        here = f"{phi_here:.3f} against {theirs:.3f}, lead {pm(r['lead'][over], 3)}; chance {r['chance']:.3f}"
+        return above(r["lead"][over]), here
     return judge
 
 
@@ -994,7 +1000,7 @@ CLAIMS = [
           lambda r: (0.2 <= r["phi_pr_mean"] <= 0.3, f"{r['phi_pr_mean']:.3f}, SD {r['phi_pr_sd']:.3f}")),
     Claim("M is the most stable block, sigma in 0.2-2", "Fig. 2, 11", "M highest", "stability",
           f"M's mean cosine exceeds that of the next best block {SE}",
-          lambda r: (r["lead"][0] > 2 * r["lead"][1], f"M {r['middle']['M'][0]:.3f}, {r['next_best']} "
+          lambda r: (above(r["lead"]), f"M {r['middle']['M'][0]:.3f}, {r['next_best']} "
                      f"{r['middle'][r['next_best']][0]:.3f}, lead {pm(r['lead'], 3)}")),
     Claim("channel averages collapse as sigma -> 0", "Fig. 2", "cosine falls", "stability",
           "M's cosine at sigma_2 = 0 is below its least in [0.2, 2] by more than one SD over pictures",
@@ -1068,7 +1074,7 @@ CLAIMS = [
     Claim("samples share the target's layout", "Fig. 7", "picture", "matching",
           f"pixels less mean colour correlate with their own target more than with others {SE}",
           lambda r: (None, "one picture only") if r["pictures"] < 2 else
-          (r["layout_lead"][0] > 2 * r["layout_lead"][1],
+          (above(r["layout_lead"]),
            f"own {pm(r['layout_own'])}, others {pm(r['layout_other'])}")),
     Claim("training and held-out PSNR agree", "B, Fig. 1", "equal at 100,000 pictures", "denoising",
           "their difference is within two standard errors of 0 at every sigma",
@@ -1078,12 +1084,16 @@ CLAIMS = [
 ]
 
 
-def judge(results):
-    """Every claim whose analysis ran: a list of dicts with claim, what came out, verdict and rule."""
-    table = []
+def judge(results, earlier=()):
+    """Every claim whose analysis ran: a list of dicts with claim, what came out, verdict and rule.
+
+    results: {analysis: numbers}. earlier: such a list, for the claims of analyses that are not in `results`.
+    """
+    table, earlier = [], {row["claim"]: row for row in earlier}
     for claim in CLAIMS:
         numbers = results.get(claim.analysis)
         if numbers is None:
+            table += [earlier[claim.text]] if claim.text in earlier else []
             continue
         holds, here = (None, numbers["skipped"]) if "skipped" in numbers else claim.judge(numbers)
         verdict = "not comparable" if holds is None else "holds" if holds else "fails"
@@ -1383,8 +1393,8 @@ def open_study(flags, model, checkpoint, device):
     rows = np.sort(np.random.default_rng((flags.seed, 10)).permutation(rows)[:flags.images])
     sigmas = list(dict.fromkeys(flags.sigma))
     study = Study(model, checkpoint, pictures.x, rows, pictures.labels[rows], sigmas, flags.draws, flags.seed,
-                  device, train if own else None, held_out if own else None, flags.clusters, flags.pictures, flags.steps,
-                  flags.pairs)
+                  device, train if own else None, held_out if own else None, flags.clusters, flags.pictures,
+                  flags.steps, flags.pairs)
     return study, pictures.fingerprint, [pictures.paths[i] for i in rows]
 
 
@@ -1419,13 +1429,13 @@ def main():
     scale = (f"{len(study.rows)} pictures ({where}) of {side}×{side}, width {model.width}, {seen:,} pictures "
              f"seen in training, sigma {study.sigma:g}, {flags.draws} draws")
     print(scale, flush=True)
-    path, results = os.path.join(flags.out, "results.json"), {}
+    path, results, kept, claims = os.path.join(flags.out, "results.json"), {}, {}, []
     if flags.only and os.path.exists(path):    # keep what other calls found for the same settings
         try:
             with open(path) as file:
                 old = json.load(file)
             if old["key"] == plain(key):
-                results, seconds = old["analyses"], {**old["seconds"], **seconds}
+                kept, claims, seconds = old["analyses"], old["claims"], {**old["seconds"], **seconds}
         except (ValueError, KeyError, TypeError):
             pass
     for name in flags.only or ANALYSES:
@@ -1439,10 +1449,10 @@ def main():
             raise UserError(f"{name}: {error}; is the checkpoint damaged?") from None
         seconds[name] = time.time() - began
         print(f"{name}: {duration(seconds[name])}", flush=True)
-        table = judge(results)
+        table = judge(results, claims)
         record = dict(key=key, scale=scale, settings=vars(flags), device=str(device), seconds=seconds,
                       data=dict(fingerprint=fingerprint, where=where, pictures=len(study.rows)),
-                      training=checkpoint["training"], claims=table, analyses=results)
+                      training=checkpoint["training"], claims=table, analyses={**kept, **results})
         with open(path + ".tmp", "w") as file:
             json.dump(plain(record), file)
         os.replace(path + ".tmp", path)

@@ -1087,6 +1087,8 @@ def test_selectivity_of_a_hand_made_phi(tmp_path):
     assert out["top"][1][:2].tolist() == [5, 4] and out["top"][4].tolist() == list(range(9))
     report = analyze.judge(dict(selectivity=out))
     assert [row["verdict"] for row in report] == ["holds"]             # two groups, far apart
+    kept = analyze.judge({}, report)           # --only keeps the verdicts of earlier calls
+    assert kept == report
 
 
 def test_nearest_and_pca():
