@@ -172,120 +172,120 @@ def sums_device(x):
     return torch.device("cpu") if x.device.type == "mps" else x.device
 
 
-# Lloyd's algorithm, with the bounds of Yinyang K-means (Ding et al. 2015)
+# Lloyd's algorithm, skipping what cannot change
 
 def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     """Lloyd's algorithm from `centers` (K, d) on x (n, d), xx = ‖x‖² (n,) -> centres, labels, iterations.
 
-    Exact: the labels are those of computing every distance. The centres are cut into t groups. For each point
-    `upper` bounds the distance to its own centre from above, `lower[g]` the distances to all others of group
-    g from below. When the centres move, the triangle inequality loosens a bound by the movement; a group
-    whose lower bound is still above the upper one cannot hold a nearer centre. Only what remains is computed,
-    on rows gathered before the product. `slack` covers rounding: doubtful cases are computed, never decided.
+    Exact: the labels are those of computing every distance. Once most labels are settled, few centres move in
+    an iteration, and only the distances to those are computed. For each point `own` is the squared distance
+    to its centre and `low` a lower bound on those to all others, both less ‖x‖², which plays no part in
+    comparisons. A moved centre's distance is computed, all others are as they were: if the nearest is below
+    `low`, it is the nearest of all; otherwise, for few points, the whole row is computed. A point whose own
+    centre stands still is not even read if, by the triangle inequality, no centre can have come near enough.
+    `slack` covers rounding there: doubtful cases are computed.
     """
     (n, d), K, inf = x.shape, len(centers), math.inf
-    t = max(1, min(-(-K // 8), d // 4))        # the bounds take at most a quarter of x's memory
-    s = -(-K // t)                             # centres in a group; the last groups are filled up with
-    t = -(-K // s)                             # centres at infinity
-    c, cc = x.new_zeros(t * s, d), x.new_full((t * s,), inf)
+    c, cc = centers.clone(), (centers * centers).sum(1)
     labels = torch.zeros(n, dtype=torch.long, device=x.device)
-    upper, lower = x.new_zeros(n), x.new_zeros(t, n)
-    rows = chunk_rows(chunk_bytes, x, d + 3 * t * s)
-    eps = torch.finfo(x.dtype).eps
-    index = torch.arange(t * s, device=x.device)
-    buffer = x.new_empty(2, min(rows, n), d)   # fresh memory is slower than the arithmetic done in it
+    own, low = x.new_empty(n), x.new_full((n,), -inf)
+    rows = min(n, chunk_rows(chunk_bytes, x, 2 * K))
+    products, gathered = x.new_empty(K * rows), x.new_empty(rows, d)           # fresh memory is slow
+    slack = 8 * torch.finfo(x.dtype).eps * math.sqrt(d)
 
-    def gather(points, rows, which):
-        return torch.index_select(points, 0, rows, out=buffer[which, :len(rows)])
+    def distances(y, some, norms):
+        """‖c‖² − 2 y·c of points y (m, d) and centres `some` (k, d): (k, m), in a buffer."""
+        out = products[:len(some) * len(y)].view(len(some), len(y))
+        return torch.addmm(norms[:, None], some, y.T, alpha=-2, out=out)
 
-    def place(new):
-        """Put the centres at `new`; how far each has moved."""
-        moved = (new - c[:K]).square().sum(1).sqrt() * (1 + 8 * eps)
-        c[:K], cc[:K] = new, (new * new).sum(1)
-        return torch.cat([moved, moved.new_zeros(t * s - K)])
+    def search(where, y, bound=True):
+        """Labels, `own` and, if asked for, `low` of points y (m, d), from all their distances."""
+        d2 = distances(y, c, cc)
+        own[where], labels[where] = nearest = d2.min(0)
+        if bound:
+            low[where] = d2.scatter_(0, nearest[1][None], inf).amin(0)
 
-    def slack(norm):                           # rounding error of a squared distance got from a product
-        return 4 * eps * math.sqrt(d) * (norm.sqrt() + cc[:K].max().sqrt()).square()
+    def compare(where, y, moved, place):
+        """The same from the distances to the moved centres (k,) alone; returns which rows it leaves open.
 
-    def search(y, norm):
-        """All distances of points y (m, d), norm = ‖y‖² -> label, upper (m,), lower (t, m), all tight."""
-        d2 = torch.addmm(cc[:, None], c, y.T, alpha=-2)    # (t·s, m), less ‖y‖²
-        by_group, error = d2.view(t, s, -1), slack(norm)
-        group = by_group.amin(1).argmin(0)                 # (m,)
-        value, label = by_group.gather(0, group.expand(1, s, -1))[0].min(0)
-        label += group * s
-        d2.scatter_(0, label[None], inf)                   # from here on, the others only
-        up = (value + norm).clamp_(min=0).add_(error).sqrt_()
-        return label, up, by_group.amin(1).add_(norm - error).clamp_(min=0).sqrt_()
+        place: (K,) position in `moved`, or −1.
+        """
+        d2 = distances(y, c[moved], cc[moved])
+        label, mine, bound = labels[where], own[where], low[where]
+        at = place[label]
+        i = (at >= 0).nonzero()[:, 0]                      # their own centre has moved
+        mine[i] = d2[at[i], i]
+        d2[at[i], i] = inf
+        other, k = d2.min(0)
+        closer = other < mine
+        nearest = torch.minimum(mine, other)
+        labels[where], own[where] = torch.where(closer, moved[k], label), nearest
+        low[where] = torch.minimum(bound, other)           # `other` bounds the rest from below in any case
+        return nearest > bound
 
-    def reassign(moved):
-        """New labels after the centres have moved so far."""
-        moved_group, share = moved.view(t, s).amax(1)[:, None], 0
-        for a in range(0, n, rows):
-            y, norm, own = x[a:a + rows], xx[a:a + rows], labels[a:a + rows]
-            low, up = lower[:, a:a + rows], upper[a:a + rows]
-            if share > 0.5:                                # most rows of the last chunk needed everything
-                own[:], up[:], low[:] = search(y, norm)
-                continue
-            low -= moved_group + 8 * eps * low
-            up += moved[own] + 8 * eps * up
-            rows_open = (low.amin(0) < up).nonzero()[:, 0]                     # their label is uncertain
-            if not len(rows_open):
-                continue
-            y, norm, own_open = gather(y, rows_open, 0), norm[rows_open], own[rows_open]
-            error, low_open = slack(norm), low.index_select(1, rows_open)
-            near = gather(c, own_open, 1).sub_(y).square_().sum(1).add_(error).sqrt_()     # this may do
-            up[rows_open] = near
-            need = low_open < near                         # (t, m): groups that may hold a nearer centre
-            again = need.sum(0) * 3 > t                    # so many that a whole row is cheaper
-            need &= ~again
-            for g in need.any(1).nonzero()[:, 0].tolist():
-                i, group = need[g].nonzero()[:, 0], slice(g * s, (g + 1) * s)
-                d2 = torch.addmm(cc[group, None], c[group], gather(y, i, 1).T, alpha=-2)       # (s, len(i))
-                d2.masked_fill_(index[group, None] == own_open[i], inf)
-                low_open[g, i] = d2.amin(0).add_(norm[i] - error[i]).clamp_(min=0).sqrt_()
-            again |= (low_open < near).any(0)
-            low.index_copy_(1, rows_open, low_open)
-            i = again.nonzero()[:, 0]
-            share, rows_open = len(i) / len(own), rows_open[i]
-            own[rows_open], up[rows_open], tight = search(gather(y, i, 1), norm[i])
-            low.index_copy_(1, rows_open, tight)
+    def reassign(moved, shift):
+        """New labels after the centres `moved` (k,) moved by at most `shift`; returns whether `low` is known."""
+        if len(moved) > 0.7 * K or not known:              # no bound would last
+            for a in range(0, n, rows):
+                search(slice(a, a + rows), x[a:a + rows], len(moved) <= 0.7 * K)
+            return len(moved) <= 0.7 * K
+        place = torch.full((K,), -1, device=x.device)
+        place[moved] = torch.arange(len(moved), device=x.device)
+        error = slack * (xx.sqrt() + cc.max().sqrt()).square()                 # of a squared distance
+        reach = (low + xx - error).clamp_(min=0).sqrt_().sub_(shift).clamp_(min=0)
+        near = (place[labels] >= 0) | (reach.square() <= own + xx + error)
+        read, unsure = near.nonzero()[:, 0], []
+        if len(read) > n / 2:                              # then reading all is faster than gathering
+            for a in range(0, n, rows):
+                where = slice(a, a + rows)
+                unsure.append(compare(where, x[where], moved, place).nonzero()[:, 0] + a)
+        else:
+            torch.where(near, low, torch.minimum(low, reach.square_().sub_(xx)), out=low)
+            for part in read.split(rows):
+                y = torch.index_select(x, 0, part, out=gathered[:len(part)])
+                unsure.append(part[compare(part, y, moved, place)])
+        for part in torch.cat(unsure).split(rows) if unsure else ():
+            search(part, torch.index_select(x, 0, part, out=gathered[:len(part)]))
+        return True
 
     def fill_empty():
         """Give each empty cluster the point farthest from its centre; False if none is left to give."""
         distance = own_distances(x, c, labels, chunk_bytes)
         for k in (counts == 0).nonzero()[:, 0].tolist():
-            free = distance.masked_fill((counts[labels] < 2) | (distance <= 8 * eps * xx), 0)
+            free = distance.masked_fill((counts[labels] < 2) | (distance <= slack * xx), 0)
             i = int(free.argmax())
             if not free[i]:
                 return False
             counts[labels[i]] -= 1
             counts[k] += 1
-            labels[i], lower[:, i], upper[i], distance[i] = k, 0, inf, 0
+            labels[i], distance[i] = k, 0
         return True
 
-    place(centers)
     for a in range(0, n, rows):
-        labels[a:a + rows], upper[a:a + rows], lower[:, a:a + rows] = search(x[a:a + rows], xx[a:a + rows])
+        search(slice(a, a + rows), x[a:a + rows], False)
     sums = torch.zeros(K + 1, d, dtype=torch.float64, device=sums_device(x))
-    old = torch.full_like(labels, K)           # row K of the sums: points of no cluster yet
+    old, known = torch.full_like(labels, K), False         # row K of the sums: points of no cluster yet
     for n_iter in range(1, max_iter + 1):
         counts = labels.bincount(minlength=K)
         full = bool(counts.all()) or fill_empty()
-        for part in (labels != old).nonzero()[:, 0].split(max(1, rows // 4)):  # only what changed is summed
-            y = gather(x, part, 0).to(sums)
+        differ = (labels != old).nonzero()[:, 0]
+        touched = torch.zeros(K + 1, dtype=torch.bool, device=x.device)
+        for part in differ.split(max(1, rows // 4)):       # only what changed is summed
+            y = torch.index_select(x, 0, part, out=gathered[:len(part)]).to(sums)
             sums.index_add_(0, labels[part].to(sums.device), y)
             sums.index_add_(0, old[part].to(sums.device), y, alpha=-1)
-        old = labels.clone()
+            touched[labels[part]] = touched[old[part]] = True
+        old, before = labels.clone(), c.clone()
         means = (sums[:K] / counts.clamp(min=1).to(sums)[:, None]).to(x)
-        moved = place(torch.where(counts[:, None] > 0, means, c[:K]))
-        reassign(moved)
+        c = torch.where((touched[:K] & (counts > 0))[:, None], means, c)
+        cc, shifts = (c * c).sum(1), (c - before).square().sum(1)
+        known = reassign(touched[:K].nonzero()[:, 0], float(shifts.max().sqrt()))
         changed = int((labels != old).sum())
         progress(n_iter, changed)
-        settled = float(moved.square().sum()) <= tol
+        settled = float(shifts.sum()) <= tol
         if not changed or settled and (not full or bool(labels.bincount(minlength=K).all())):
             break
-    return c[:K], labels, n_iter
+    return c, labels, n_iter
 
 
 # How clusters relate to classes (App. B.3)
