@@ -32,7 +32,7 @@ class KMeans:
     """
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
-                 chunk_bytes=2 ** 25, progress=None):
+                 chunk_bytes=2 ** 23, progress=None):
         for name, value in dict(n_clusters=n_clusters, n_init=n_init, max_iter=max_iter).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -180,77 +180,61 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     Exact: the labels are those of computing every distance. Once most labels are settled, few centres move in
     an iteration, and only the distances to those are computed. For each point `own` is the squared distance
     to its centre and `low` a lower bound on those to all others, both less ‖x‖², which plays no part in
-    comparisons. A moved centre's distance is computed, all others are as they were: if the nearest is below
-    `low`, it is the nearest of all; otherwise, for few points, the whole row is computed. A point whose own
-    centre stands still is not even read if, by the triangle inequality, no centre can have come near enough.
-    `slack` covers rounding there: doubtful cases are computed.
+    comparisons. Centres that stand still are as far as they were: if the nearest of the point's own and the
+    moved ones is below `low`, it is the nearest of all; otherwise, for few points, every distance is computed.
     """
     (n, d), K, inf = x.shape, len(centers), math.inf
     c, cc = centers.clone(), (centers * centers).sum(1)
     labels = torch.zeros(n, dtype=torch.long, device=x.device)
-    own, low = x.new_empty(n), x.new_full((n,), -inf)
+    own, low = x.new_empty(n), x.new_empty(n)
     rows = min(n, chunk_rows(chunk_bytes, x, 2 * K))
-    products, gathered = x.new_empty(K * rows), x.new_empty(rows, d)           # fresh memory is slow
-    slack = 8 * torch.finfo(x.dtype).eps * math.sqrt(d)
+    products, gathered = x.new_empty(rows * K), x.new_empty(rows, d)           # fresh memory is slow
 
     def distances(y, some, norms):
-        """‖c‖² − 2 y·c of points y (m, d) and centres `some` (k, d): (k, m), in a buffer."""
-        out = products[:len(some) * len(y)].view(len(some), len(y))
-        return torch.addmm(norms[:, None], some, y.T, alpha=-2, out=out)
+        """‖c‖² − 2 y·c of points y (m, d) and centres `some` (k, d): (m, k), in a buffer."""
+        out = products[:len(y) * len(some)].view(len(y), len(some))
+        return torch.addmm(norms, y, some.T, alpha=-2, out=out)
 
-    def search(where, y, bound=True):
-        """Labels, `own` and, if asked for, `low` of points y (m, d), from all their distances."""
+    def search(where, y):
+        """`labels`, `own` and `low` of points y = x[where] (m, d), from all their distances."""
         d2 = distances(y, c, cc)
-        own[where], labels[where] = nearest = d2.min(0)
-        if bound:
-            low[where] = d2.scatter_(0, nearest[1][None], inf).amin(0)
+        own[where], labels[where] = nearest = d2.min(1)
+        low[where] = d2.scatter_(1, nearest[1][:, None], inf).amin(1)
 
-    def compare(where, y, moved, place):
-        """The same from the distances to the moved centres (k,) alone; returns which rows it leaves open.
+    def compare(part, moved, place):
+        """The same for the slice `part`, from the distances to the moved centres (k,); returns rows left open.
 
         place: (K,) position in `moved`, or −1.
         """
-        d2 = distances(y, c[moved], cc[moved])
-        label, mine, bound = labels[where], own[where], low[where]
+        d2 = distances(x[part], c[moved], cc[moved])       # (m, k)
+        label, mine, bound = labels[part], own[part], low[part]                # views: written in place
         at = place[label]
         i = (at >= 0).nonzero()[:, 0]                      # their own centre has moved
-        mine[i] = d2[at[i], i]
-        d2[at[i], i] = inf
-        other, k = d2.min(0)
-        closer = other < mine
-        nearest = torch.minimum(mine, other)
-        labels[where], own[where] = torch.where(closer, moved[k], label), nearest
-        low[where] = torch.minimum(bound, other)           # `other` bounds the rest from below in any case
-        return nearest > bound
+        mine[i] = d2[i, at[i]]
+        d2[i, at[i]] = inf
+        other, k = d2.min(1)
+        label.copy_(torch.where(other < mine, moved[k], label))
+        torch.minimum(mine, other, out=mine)
+        left = (mine > bound).nonzero()[:, 0] + part.start
+        torch.minimum(bound, other, out=bound)             # also where `other` is now the label
+        return left
 
-    def reassign(moved, shift):
-        """New labels after the centres `moved` (k,) moved by at most `shift`; returns whether `low` is known."""
-        if len(moved) > 0.7 * K or not known:              # no bound would last
-            for a in range(0, n, rows):
-                search(slice(a, a + rows), x[a:a + rows], len(moved) <= 0.7 * K)
-            return len(moved) <= 0.7 * K
-        place = torch.full((K,), -1, device=x.device)
-        place[moved] = torch.arange(len(moved), device=x.device)
-        error = slack * (xx.sqrt() + cc.max().sqrt()).square()                 # of a squared distance
-        reach = (low + xx - error).clamp_(min=0).sqrt_().sub_(shift).clamp_(min=0)
-        near = (place[labels] >= 0) | (reach.square() <= own + xx + error)
-        read, unsure = near.nonzero()[:, 0], []
-        if len(read) > n / 2:                              # then reading all is faster than gathering
-            for a in range(0, n, rows):
-                where = slice(a, a + rows)
-                unsure.append(compare(where, x[where], moved, place).nonzero()[:, 0] + a)
-        else:
-            torch.where(near, low, torch.minimum(low, reach.square_().sub_(xx)), out=low)
-            for part in read.split(rows):
-                y = torch.index_select(x, 0, part, out=gathered[:len(part)])
-                unsure.append(part[compare(part, y, moved, place)])
-        for part in torch.cat(unsure).split(rows) if unsure else ():
-            search(part, torch.index_select(x, 0, part, out=gathered[:len(part)]))
-        return True
+    def reassign(moved):
+        """New labels after the centres `moved` (k,) have moved."""
+        parts = [slice(a, a + rows) for a in range(0, n, rows)]
+        if len(moved) > 0.7 * K:                           # too many for bounds to decide
+            for part in parts:
+                search(part, x[part])
+        elif len(moved):
+            place = torch.full((K,), -1, device=x.device)
+            place[moved] = torch.arange(len(moved), device=x.device)
+            for part in torch.cat([compare(part, moved, place) for part in parts]).split(rows):
+                search(part, torch.index_select(x, 0, part, out=gathered[:len(part)]))
 
     def fill_empty():
         """Give each empty cluster the point farthest from its centre; False if none is left to give."""
         distance = own_distances(x, c, labels, chunk_bytes)
+        slack = 8 * torch.finfo(x.dtype).eps * math.sqrt(d)                    # rounding
         for k in (counts == 0).nonzero()[:, 0].tolist():
             free = distance.masked_fill((counts[labels] < 2) | (distance <= slack * xx), 0)
             i = int(free.argmax())
@@ -261,10 +245,9 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
             labels[i], distance[i] = k, 0
         return True
 
-    for a in range(0, n, rows):
-        search(slice(a, a + rows), x[a:a + rows], False)
+    reassign(range(K))
     sums = torch.zeros(K + 1, d, dtype=torch.float64, device=sums_device(x))
-    old, known = torch.full_like(labels, K), False         # row K of the sums: points of no cluster yet
+    old = torch.full_like(labels, K)                       # row K of the sums: points of no cluster yet
     for n_iter in range(1, max_iter + 1):
         counts = labels.bincount(minlength=K)
         full = bool(counts.all()) or fill_empty()
@@ -279,7 +262,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         means = (sums[:K] / counts.clamp(min=1).to(sums)[:, None]).to(x)
         c = torch.where((touched[:K] & (counts > 0))[:, None], means, c)
         cc, shifts = (c * c).sum(1), (c - before).square().sum(1)
-        known = reassign(touched[:K].nonzero()[:, 0], float(shifts.max().sqrt()))
+        reassign(touched[:K].nonzero()[:, 0])
         changed = int((labels != old).sum())
         progress(n_iter, changed)
         settled = float(shifts.sum()) <= tol
