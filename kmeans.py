@@ -23,8 +23,8 @@ class KMeans:
     max_iter, tol: a run ends when no label changes, when the centres' total squared movement is at most tol ×
     the mean variance of a column, or after max_iter iterations. seed: of the seeding; the same seed gives the
     same result. device: where to compute; None: where x is. chunk_bytes: working memory beside x, its copy
-    and the bounds (at most a quarter of x); it does not change the result. progress: called as
-    progress(restart, iteration, labels changed).
+    and a few numbers per point and restart; None: 2²⁴ on a CPU, whose caches hold about that, else 2²⁸. It
+    does not change the result. progress: called as progress(restart, iteration, labels changed).
 
     After `fit`: cluster_centers_ (K, d), labels_ (n,), inertia_ (the sum of squared distances, the unit of x
     squared), n_iter_; arrays if x was an array, tensors if it was a tensor. They agree with one another:
@@ -32,7 +32,7 @@ class KMeans:
     """
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
-                 chunk_bytes=2 ** 23, progress=None):
+                 chunk_bytes=None, progress=None):
         for name, value in dict(n_clusters=n_clusters, n_init=n_init, max_iter=max_iter).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -56,7 +56,7 @@ class KMeans:
             raise ValueError(f"{n} points cannot make {K} clusters; ask for at most {n}")
         self._origin = x.mean(0)               # ‖x‖² − 2x·c + ‖c‖² cancels least around the mean
         x = x - self._origin
-        xx = (x * x).sum(1)                    # (n,) ‖x‖²
+        xx = torch.linalg.vector_norm(x, dim=1).square_()                      # (n,) ‖x‖², no copy of x
         if not xx.isfinite().all():
             row = int((~xx.isfinite()).nonzero()[0])
             raise ValueError(f"row {row} is so large that its square overflows; scale the points down")
@@ -117,15 +117,18 @@ def as_points(x, device=None, name="x"):
 
 def chunk_rows(chunk_bytes, x, width):
     """How many rows of x, with `width` numbers beside each, fit the budget."""
+    chunk_bytes = chunk_bytes or 2 ** (24 if x.device.type == "cpu" else 28)
     return max(1, chunk_bytes // (x.element_size() * (x.shape[1] + width)))
 
 
 def own_distances(x, c, labels, chunk_bytes):
     """Squared distance of every point to its own centre, (n,), from differences: no cancellation."""
-    rows = chunk_rows(chunk_bytes, x, x.shape[1])
-    parts = zip(x.split(rows), labels.split(rows))
-    return torch.cat([torch.linalg.vector_norm(c.index_select(0, own).sub_(part), dim=1).square_()
-                      for part, own in parts])
+    rows = min(len(x), chunk_rows(chunk_bytes, x, x.shape[1]))
+    difference, distance = x.new_empty(rows, x.shape[1]), []                   # fresh memory is slow
+    for part, own in zip(x.split(rows), labels.split(rows)):
+        out = torch.index_select(c, 0, own, out=difference[:len(own)]).sub_(part)
+        distance.append(torch.linalg.vector_norm(out, dim=1).square_())
+    return torch.cat(distance)
 
 
 # Seeding: k-means++ (Arthur & Vassilvitskii 2007)
