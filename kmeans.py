@@ -184,7 +184,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     an iteration, and only the distances to those are computed. For each point `own` is the squared distance
     to its centre and `low` a lower bound on those to all others, both less ‖x‖², which plays no part in
     comparisons. Centres that stand still are as far as they were: if the nearest of the point's own and the
-    moved ones is below `low`, it is the nearest of all; otherwise, for few points, every distance is computed.
+    moved ones is below `low`, it is the nearest of all; else, for few points, every distance is computed.
     """
     (n, d), K, inf = x.shape, len(centers), math.inf
     c, cc = centers.clone(), (centers * centers).sum(1)
@@ -205,7 +205,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
         low[where] = d2.scatter_(1, nearest[1][:, None], inf).amin(1)
 
     def compare(part, moved, place):
-        """The same for the slice `part`, from the distances to the moved centres (k,); returns rows left open.
+        """The same for the slice `part`, from the distances to the moved centres (k,); gives rows left open.
 
         place: (K,) position in `moved`, or −1.
         """

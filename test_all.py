@@ -1076,7 +1076,7 @@ def test_stability_in_closed_form(tmp_path):
 def test_selectivity_of_a_hand_made_phi(tmp_path):
     n = 20
     code = torch.zeros(n, 5)
-    code[3, 0], code[[4, 5], 1] = 9, torch.tensor([1.0, 2])            # PR 1/20, 9/(20·5); channel 2 is silent
+    code[3, 0], code[[4, 5], 1] = 9, torch.tensor([1.0, 2])        # PR 1/20, 9/(20·5); channel 2 is silent
     code[:, 3], code[:, 4] = 1, 2 - torch.arange(n) / 100
     study = study_of(x=np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1), np.uint8))
     study.phi = {0.3: code}
@@ -1204,7 +1204,7 @@ def test_analyze_command_line(tmp_path, monkeypatch, capsys):
     assert not any("skipped" in numbers for numbers in record["analyses"].values())
     silent = np.array([v is None for v in record["analyses"]["selectivity"]["pr"]])
     assert silent.sum() == record["analyses"]["selectivity"].pop("silent") < len(silent) / 2
-    for name in "pr", "kurtosis", "spatial_pr", "pca_dimension", "stability_centred":  # null in silent channels
+    for name in "pr", "kurtosis", "spatial_pr", "pca_dimension", "stability_centred":  # null if silent
         for analysis in record["analyses"]["channels"], record["analyses"]["selectivity"]:
             assert finite_numbers([v for v, s in zip(analysis.pop(name, []), silent) if not s])
     del record["settings"]                     # flags that were not given are null
@@ -1221,14 +1221,15 @@ def test_analyze_command_line(tmp_path, monkeypatch, capsys):
         assert gap(two["phi"], alone[0]) < 1e-6 and len(set(two["labels"])) == 3
 
     # no classes, more clusters than pictures, no training pictures
-    assert here(*words, tmp_path / "bare", "--data", tmp_path / "data" / "a", "--only", "neighbours", "clusters",
+    assert here(*words, tmp_path / "bare", "--data", tmp_path / "data/a", "--only", "neighbours", "clusters",
                 "denoising", "--clusters", 60) == 0
     assert "50 pictures cannot make 60 clusters; give a smaller --clusters" in capsys.readouterr().out
     table = json.loads((tmp_path / "bare" / "results.json").read_text())["claims"]
     verdicts = {row["claim"]: row for row in table}
     assert verdicts["phi-neighbours agree in class more than pixel-neighbours"]["here"] == "no class labels"
     assert verdicts["training and held-out PSNR agree"]["verdict"] == "not comparable"
-    for words, message in ((["missing.pt"], "missing.pt"), ([tmp_path / "c.pt", "--data", "nowhere"], "nowhere"),
+    for words, message in ((["missing.pt"], "missing.pt"),
+                           ([tmp_path / "c.pt", "--data", "nowhere"], "nowhere"),
                            ([tmp_path / "c.pt", "--pictures", "no.png"], "no.png")):
         with pytest.raises(UserError, match=message):
             here(*words, "--device", "cpu", "--out", tmp_path / "e")
