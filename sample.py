@@ -42,8 +42,8 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
     gradients and needs a quarter as many (README). memory=0: gradient descent alone.
 
     η is right only if φ_c can be reached. Where it cannot, as for the noisy picture of something else at a
-    small σ, ∇L vanishes and η explodes: after 10 steps without a new least L, a picture goes back to where
-    L was least and takes steps a quarter as long. It is returned where L was least.
+    small σ, ∇L vanishes and η explodes: after 30 steps without a new least L, a picture goes back to where
+    L was least and takes steps half as long. It is returned where L was least.
     """
     x, phi_c = x.detach().clone(), phi_c.expand(len(x), -1)
     start, best, since, damping = x.clone(), x.clone(), x.new_zeros(len(x)), x.new_ones(len(x))
@@ -66,8 +66,8 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
         least = (L <= last[active]) & near
         best[active[least]], last[active[least]] = x[active[least]], L[least]
         since[active] = torch.where(least, 0, since[active] + 1)
-        lost = (since[active] >= 10) | ~near
-        since[active[lost]], damping[active[lost]] = 0, damping[active[lost]] / 4
+        lost = (since[active] >= 30) | ~near
+        since[active[lost]], damping[active[lost]] = 0, damping[active[lost]] / 2
         rose = (L > 1.5 * L_before) | lost if iteration else lost
         going = (last[active] > tol * first[active]).nonzero()[:, 0]
         if not len(going) or iteration == max_iters:
