@@ -8,6 +8,7 @@
 
 It writes one PNG a figure, results.json (every number behind them), and phi.npz, which kmeans.py reads.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from kmeans import KMeans, contingency, normalised_mutual_information, purity
-from sample import (conditional_distance, guidance_step, panel, reconstruct, sample_unconditional, save_image,
-                    similarities, status, target_phi, to_image)
+from sample import (beside, conditional_distance, guidance_step, panel, reconstruct, sample_unconditional,
+                    save_image, similarities, status, target_phi, to_image)
 from train import (Parser, checkpoint_pictures, choose_device, duration, evaluate, initialise, load_picture,
                    number, seeded, to_batch)
 from unet import UNet, UserError, load_checkpoint, phi
@@ -68,6 +69,11 @@ class Study:
     def generator(self, *words):
         """Noise on the study's device that depends on the seed and `words` alone."""
         return seeded(self.device, self.seed, *words)
+
+    @functools.cached_property
+    def mean(self):
+        """The mean colour m of the training pictures, (C,), on the device."""
+        return torch.as_tensor(self.checkpoint["mean"], dtype=torch.float32, device=self.device)
 
     @functools.cached_property
     def blocks(self):
@@ -281,7 +287,7 @@ def sparsity(study, out):
         change.line(levels, np.subtract(numbers["mean_output"][b], numbers["mean_input"][b]), color, b)
     change.line(span, [0, 0], GRAY)
     title = f"PR of the channel averages at sigma = {study.sigma:g}, {numbers['pictures']} pictures"
-    save(stack([caption(title), *in_rows(plots), *in_rows([curve.image(), change.image()])]), out, "sparsity")
+    save(stack([caption(title), in_rows(plots), in_rows([curve.image(), change.image()])]), out, "sparsity")
     return numbers
 
 
@@ -357,7 +363,7 @@ def selectivity(study, out):
         title = f"{'specialised' if c in special else 'common'} {c}: PR {study.selectivity[c]:.2g}"
         pictures = panel(study.pictures(numbers["top"][c]), side=160, gap=4)
         panels.append(stack([caption(title, 24, 520), pictures]))
-    save(stack([p.image(), *in_rows(panels)]), out, "selectivity")
+    save(stack([p.image(), in_rows(panels)]), out, "selectivity")
     return numbers
 
 
@@ -385,7 +391,7 @@ def attributes(study, out):
         cells = [stack([caption(os.path.basename(str(name)), 24, 380), to_image(x[i], 330)])]
         cells += [stack([caption(f"channel {c}, PR {study.selectivity[c]:.2g}", 24, 380),
                          panel(study.pictures(top_pictures(study, c)), side=110, gap=4)]) for c in best]
-        rows.append(beside_of(cells))
+        rows.append(in_rows(cells, 4))
     title = "A picture, and what else excites the specialised channels that it excites most"
     save(stack([caption(title), *rows]), out, "attributes")
     return numbers
@@ -463,7 +469,7 @@ def neighbours(study, out, k=10):
     sheets = [stack([caption(f"nearest in {s}", 26, 780),
                      panel(pixels[groups[s][i]][:8], pixels[[t]], side=250, gap=6)])
               for i, t in enumerate(targets) for s in ("phi", "pixels")]
-    rows = [caption("Two pictures (framed) and their nearest by cosine"), *in_rows(sheets, 2)]
+    rows = [caption("Two pictures (framed) and their nearest by cosine"), in_rows(sheets, 2)]
     if len(special) and len(common):
         scaled = code / code.square().mean(0).sqrt().clamp(min=1e-12)
         contrast = (scaled[members[0]].mean(0) - scaled[members[1]].mean(0)).numpy()[special]
@@ -477,7 +483,7 @@ def neighbours(study, out, k=10):
             for g, color, label in zip(members, COLORS, ("first group", "second")):
                 p.scatter(code[g][:, axes[i]], code[g][:, axes[j]], color, label)
             plots.append(p.image())
-        rows += [caption("Three components of phi for the two groups"), beside_of(plots)]
+        rows += [caption("Three components of phi for the two groups"), in_rows(plots)]
     if "agreement" in numbers:
         rows.append(bars(numbers["agreement"], numbers["chance"],
                          f"share of the {k} nearest that are of the same class ({len(queries)} pictures)"))
@@ -590,11 +596,8 @@ def clusters(study, out):
     known, maps = study.labels >= 0, {"clusters": labels}
     if len(np.unique(study.labels[known])) > 1:
         truth = np.where(known, np.unique(study.labels, return_inverse=True)[1] - int((~known).any()), -1)
-        try:
-            pairs["classes"] = pair_separations(code, truth, rng)
-        except Skip:
-            pass
-        maps["classes"] = truth
+        with contextlib.suppress(Skip):        # fewer than two classes of five pictures
+            pairs["classes"], maps["classes"] = pair_separations(code, truth, rng), truth
         centroids = torch.stack([code[truth == c].mean(0) for c in range(truth.max() + 1)])
         moved = fit(code, study.seed, centroids).labels_.cpu().numpy()
         numbers |= dict(purity=purity(labels[known], truth[known]),
@@ -603,8 +606,9 @@ def clusters(study, out):
                                           rand_index_classes=adjusted_rand_index(moved[known], truth[known]),
                                           rand_index_random_start=adjusted_rand_index(moved, labels),
                                           stayed=float((moved == truth)[known].mean())))
-        own = pair_separations(code, moved, rng)
-        numbers["from_classes"]["separation_mean"] = float((own[:, 0] / own[:, 1].clip(1e-12)).mean())
+        with contextlib.suppress(Skip):
+            own = pair_separations(code, moved, rng)
+            numbers["from_classes"]["separation_mean"] = float((own[:, 0] / own[:, 1].clip(1e-12)).mean())
     ratio = {name: v[:, 0] / v[:, 1].clip(1e-12) for name, v in pairs.items()}
     numbers |= dict(separation={name: dict(distance=v[:, 0], sd=v[:, 1], ratio=mean_se(ratio[name]),
                                            least=ratio[name].min(), above_2=float((ratio[name] > 2).mean()))
@@ -631,8 +635,8 @@ def clusters(study, out):
         for c, color in zip(seven, COLORS):
             p.scatter(y[groups[rows] == c, 0], y[groups[rows] == c, 1], color)
         drawn.append(p.image())
-    save(stack([caption(f"{K} clusters of phi ({n} pictures, sigma = {study.sigma:g})"), beside_of(plots),
-                beside_of(drawn)]), out, "clusters")
+    title = caption(f"{K} clusters of phi ({n} pictures, sigma = {study.sigma:g})")
+    save(stack([title, in_rows(plots), in_rows(drawn)]), out, "clusters")
     shown = rng.permutation(np.flatnonzero(np.bincount(labels) >= 5))[:10]
     members = [rng.permutation(np.flatnonzero(labels == c))[:11] for c in shown]
     save(picture_rows([study.pictures(m) for m in members], [f"{c} ({(labels == c).sum()})" for c in shown],
@@ -729,7 +733,7 @@ def channels(study, out):
             p = Axes((395, 320), None, None, "phi[i]", "pictures", f"{name} {c}, PR {pr[c]:.2g}")
             p.histogram(code[:, c].numpy(), 40, color)
             cells.append(p.image())
-        rows.append(beside_of(cells))
+        rows.append(in_rows(cells, 4))
     titles = dict(kurtosis="kurtosis", spatial_pr="spatial PR", pca_dimension="PCA dimension of the maps",
                   tuning="share of gratings", stability="cosine across sigma",
                   stability_centred="the same, centred")
@@ -742,7 +746,7 @@ def channels(study, out):
         p.scatter(pr[ok], v[ok], BLUE)
         plots.append(p.image())
     save(stack([caption("Channels of phi: marginals, and what goes with selectivity"), *rows,
-                *in_rows(plots)]), out, "channels")
+                in_rows(plots)]), out, "channels")
     return numbers
 
 
@@ -815,11 +819,10 @@ def run_algorithm_1(study, x, samples, word, report):
     """Algorithm 1 with sample.py's defaults: `samples` for each picture x (k, C, H, W), in this order."""
     targets = [target_phi(study.model, v[None], generator=study.generator(word, 1, j))
                for j, v in enumerate(x)]
-    mean = torch.as_tensor(study.checkpoint["mean"], dtype=torch.float32, device=x.device)
     sigmas = np.linspace(study.checkpoint["sigma_max"], 0.03, study.steps).tolist()
     generators = [seeded("cpu", study.seed, word, 2, i) for i in range(samples * len(x))]
     condition = lambda s: torch.cat([t(s) for t in targets]).repeat_interleave(samples, 0)
-    return reconstruct(study.model, condition, mean, sigmas, x.shape[1:], generators, report=report)
+    return reconstruct(study.model, condition, study.mean, sigmas, x.shape[1:], generators, report=report)
 
 
 def matching(study, out, m=24):
@@ -867,21 +870,21 @@ def reconstruction(study, out, samples=8):
 
     Distances and correlations: as sample.py measures them.
     """
-    x, tick = study.pictures(study.choose(2, 30)), ticker("reconstruction", study.steps, "noise levels")
+    chosen = study.choose(2, 30)
+    x, tick = study.pictures(chosen), ticker("reconstruction", study.steps, "noise levels")
     y = run_algorithm_1(study, x, samples, 31, lambda t, *_: tick(t + 1)).split(samples)
     unrelated = study.pictures(study.choose(64, 33))
     scale = None
     if len(unrelated) > 1:
         scale = torch.pdist(phi(study.model, unrelated, 0.3, 20, study.generator(33))).mean()
-    numbers = dict(targets=study.choose(2, 30), panels=[
+    numbers = dict(targets=chosen, panels=[
         similarities(study.model, mine, (v[None], None), scale) for v, mine in zip(x, y)])
-    mean = torch.as_tensor(study.checkpoint["mean"], dtype=torch.float32, device=x.device)
     generators = [seeded("cpu", study.seed, 34, i) for i in range(16)]
-    free, steps = sample_unconditional(study.model, mean, x.shape[1:], generators,
+    free, steps = sample_unconditional(study.model, study.mean, x.shape[1:], generators,
                                        study.checkpoint["sigma_max"])
     numbers["unconditional_steps"] = steps
     sheets = [panel(mine, v[None], side=256, gap=6) for v, mine in zip(x, y)]
-    save(stack([caption("Framed: the target; around it, samples told its phi"), beside_of(sheets)]), out,
+    save(stack([caption("Framed: the target; around it, samples told its phi"), in_rows(sheets)]), out,
          "reconstruction")
     save(stack([caption("Unconditional samples"), panel(free, side=390, gap=6)]), out, "unconditional")
     return numbers
@@ -992,7 +995,7 @@ CLAIMS = [
     Claim("PR falls from the input to the output of M", "Fig. 1, 10", "falls", "sparsity",
           f"mean change over pictures below 0 {SE}", changes(lambda b: b == "M", -1)),
     Claim("PR falls in the decoder blocks", "Fig. 1", "falls", "sparsity",
-          f"the same, in every decoder block but D1", changes(lambda b: b[0] == "D", -1)),
+          "the same, in every decoder block but D1", changes(lambda b: b[0] == "D", -1)),
     Claim("PR rises in the encoder blocks", "Fig. 1", "rises", "sparsity",
           f"mean change above 0 {SE}, in every encoder block but E1", changes(lambda b: b[0] == "E", 1)),
     Claim("phi's PR lies in 0.2-0.3", "§2.5, Fig. 1", "0.2-0.3", "sparsity",
@@ -1263,25 +1266,15 @@ def stack(images, gap=8):
     return sheet
 
 
-def beside_of(images, gap=5):
-    """Images of any size side by side, on white."""
-    size = sum(i.width + gap for i in images) - gap, max(i.height for i in images)
-    sheet, x = Image.new("RGB", size, "white"), 0
-    for image in images:
-        sheet.paste(image, (x, 0))
-        x += image.width + gap
-    return sheet
-
-
 def in_rows(images, columns=3):
-    """The images, so many side by side: a list of rows."""
-    return [beside_of(images[i:i + columns]) for i in range(0, len(images), columns)]
+    """The images, so many side by side, with the gap that makes three plots of 530 pixels 1600 wide."""
+    return beside(images, columns, 5)
 
 
 def picture_rows(rows, names, title, side=120):
     """Rows of pictures, each (k, C, H, W), with a name in front of each."""
     left = 20 + int(max(font().getlength(n) for n in names))
-    lines = [beside_of([caption(n, 26, left), *[to_image(x, side) for x in row]])
+    lines = [in_rows([caption(n, 26, left), *[to_image(x, side) for x in row]], len(row) + 1)
              for n, row in zip(names, rows)]
     return stack([caption(title), *lines])
 

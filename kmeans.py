@@ -186,7 +186,7 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     comparisons. Centres that stand still are as far as they were: if the nearest of the point's own and the
     moved ones is below `low`, it is the nearest of all; else, for few points, every distance is computed.
     """
-    (n, d), K, inf = x.shape, len(centers), math.inf
+    (n, d), K, inf, eps = x.shape, len(centers), math.inf, torch.finfo(x.dtype).eps
     c, cc = centers.clone(), (centers * centers).sum(1)
     labels = torch.zeros(n, dtype=torch.long, device=x.device)
     own, low = x.new_empty(n), x.new_empty(n)
@@ -237,9 +237,8 @@ def lloyd(x, xx, centers, max_iter, tol, chunk_bytes, progress=lambda *_: None):
     def fill_empty():
         """Give each empty cluster the point farthest from its centre; False if none is left to give."""
         distance = own_distances(x, c, labels, chunk_bytes)
-        slack = 8 * torch.finfo(x.dtype).eps * math.sqrt(d)                    # rounding
         for k in (counts == 0).nonzero()[:, 0].tolist():
-            free = distance.masked_fill((counts[labels] < 2) | (distance <= slack * xx), 0)
+            free = distance.masked_fill((counts[labels] < 2) | (distance <= 8 * eps * xx), 0)
             i = int(free.argmax())
             if not free[i]:
                 return False

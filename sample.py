@@ -50,6 +50,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
     first, last = x.new_zeros(len(x)), x.new_full((len(x),), math.inf)         # last: the least L so far
     gradients = torch.zeros(len(x), dtype=torch.long, device=x.device)
     active, steps, changes = torch.arange(len(x), device=x.device), [], []     # ΔX (n, C, H, W), ΔΦ (n, d)
+    L_before = math.inf
     for iteration in range(max_iters + 1):
         with torch.enable_grad():
             x_t = x[active].requires_grad_()
@@ -68,7 +69,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
         since[active] = torch.where(least, 0, since[active] + 1)
         lost = (since[active] >= 30) | ~near
         since[active[lost]], damping[active[lost]] = 0, damping[active[lost]] / 2
-        rose = (L > 1.5 * L_before) | lost if iteration else lost
+        rose = (L > 1.5 * L_before) | lost
         going = (last[active] > tol * first[active]).nonzero()[:, 0]
         if not len(going) or iteration == max_iters:
             break
@@ -85,8 +86,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=20):
             moved = -sum(w.view(-1, 1, 1, 1) * dx for w, dx in zip((c / size.mT).unbind(1), steps))
         grad, = torch.autograd.grad(phi_t, x_t, 2 * r)                         # ∇L; none of the weights
         eta = (0.3 if memory else 1) * r.square().sum(1) / grad.square().sum((1, 2, 3)).clamp(min=1e-30)
-        step = moved - eta.view(-1, 1, 1, 1) * grad
-        step = damping[active].view(-1, 1, 1, 1) * step
+        step = damping[active].view(-1, 1, 1, 1) * (moved - eta.view(-1, 1, 1, 1) * grad)
         step[lost] = (best - x)[active[lost]]
         step = step[going]
         steps, changes = [dx[going] for dx in steps] + [step], [dp[going] for dp in changes]
@@ -263,13 +263,17 @@ def panel(samples, target=None, side=96, gap=4):
 
 
 def beside(images, columns=4, gap=12):
-    """Several images of one size on one white sheet."""
-    w, h = images[0].size
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
+    """Images of any size on one white sheet, so many in a row."""
+    rows = [images[i:i + columns] for i in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) for row in rows]
+    size = max(sum(image.width + gap for image in row) for row in rows), sum(h + gap for h in heights)
+    sheet, y = Image.new("RGB", (size[0] - gap, size[1] - gap), "white"), 0
+    for row, height in zip(rows, heights):
+        x = 0
+        for image in row:
+            sheet.paste(image, (x, y))
+            x += image.width + gap
+        y += height + gap
     return sheet
 
 

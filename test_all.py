@@ -1021,6 +1021,14 @@ def test_separation_of_two_gaussians():
         analyze.pair_separations(a[:6], np.array([0, 0, 0, 0, 0, 1]), np.random.default_rng(0))
 
 
+def test_classes_too_small_to_compare_leave_the_clusters(tmp_path):
+    n = 60
+    study = study_of(n=n, labels=np.arange(n) // 2, clusters=2)
+    study.phi = {0.3: normal(n, 4).abs()}
+    out = analyze.clusters(study, tmp_path)
+    assert set(out["separation"]) == {"clusters", "Gaussian control"} and 0 <= out["from_classes"]["stayed"] <= 1
+
+
 def test_gaussian_control_has_the_same_moments():
     code = normal(20_000, 3) @ normal(3, 3, seed=1).exp() + 2
     twin = analyze.gaussian_like(code, 0)
