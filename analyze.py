@@ -4,164 +4,210 @@
     python analyze.py ckpt.pt --data photos --images 10000
     python analyze.py ckpt.pt --only sparsity stability    # two of the analyses
     python analyze.py ckpt.pt --only attributes --pictures cat.jpg dog.jpg
+    python analyze.py a.pt b.pt c.pt                       # one kind of network, three seeds: mean and spread
     torchrun --nproc_per_node=8 analyze.py ckpt.pt --data photos.npy --images 1300000
 
-It writes one PNG a figure, results.json (every number behind them), and phi.npz, which kmeans.py reads.
+It writes one PNG a figure, index.html (figures and claims on one page), results.json (every number) and
+phi.npz, which kmeans.py reads. A verdict can fail: no claim about φ is judged unless M is in use
+(`Study.alive`), and it holds only against nulls, which have learnt nothing (`Study.replicates`).
 """
-import contextlib
+import base64
+import datetime
 import functools
 import hashlib
+import html
 import json
 import math
 import os
-import sys
 import time
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from unet import (Parser, Progress, UNet, UserError, check_outputs, load_checkpoint, number, phi, printable,
+                  run, say, write)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
-from kmeans import KMeans, contingency, normalised_mutual_information, purity
-from sample import (beside, conditional_distance, guidance_step, panel, reconstruct, sample_unconditional,
-                    save_image, similarities, status, target_phi, to_image)
-from train import (Parser, checkpoint_pictures, choose_device, duration, evaluate, initialise, load_picture,
-                   number, seeded, to_batch)
-from unet import UNet, UserError, load_checkpoint, phi
+from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
+from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
+from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots, evaluate,
+                   grid, initialise, limits, line, load_picture, picture_rows, plot, rule, seeded, to_batch,
+                   to_image, training_data)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
-DETAIL = 256              # pictures for what needs the whole network at many noise levels
+DETAIL = 96               # pictures for what needs the whole network at many noise levels
 POOL = 4000               # pictures for what compares all with all
 SIGMAS = 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0            # of Fig. 2
+NOTHING = math.nan, math.nan                               # a value and its error, not measured
+ANALYSES = {}
 
 
 class Skip(Exception):
     """An analysis that these pictures do not allow; the text says why."""
 
 
+def analysis(share, *figures):
+    """Registers an analysis: its share of the whole time (default settings), and the figures it draws."""
+    def register(function):
+        function.share, function.figures = share, figures
+        ANALYSES[function.__name__] = function
+        return function
+    return register
+
+
+# What every analysis is given, and what every verdict is made of
+
+@dataclass(eq=False)
 class Study:
-    """What every analysis is given: a network, pictures (n of them), and their φ at every noise level.
+    """A network, n pictures and their φ, and the same for networks that have learnt nothing.
 
-    x: all pictures of the data set, (N, H, W, C) uint8; rows: (n,) those to analyse; labels: (n,) class or
-    −1; phi: {σ: (n, d) float32 on the CPU}; sigma: the noise level of everything that needs just one.
-    train, held_out: rows of x on either side of the checkpoint's split, None if these are other pictures.
+    x: (n, H, W, C) uint8. labels: (n,) class, −1: none. phi: {σ: (n, d) float32, CPU}, the σ that is analysed
+    first. untrained: the network before training, from several seeds; untrained_phi: their φ at the first two
+    σ. training, held_out: pictures of either side of the checkpoint's split, if these are its pictures.
     """
+    model: UNet
+    checkpoint: dict
+    x: np.ndarray
+    labels: np.ndarray = None
+    phi: dict = None
+    untrained: list = ()
+    untrained_phi: list = ()
+    training: np.ndarray = None
+    held_out: np.ndarray = None
+    draws: int = 20
+    seed: int = 0
+    device: str = "cpu"
+    clusters: int = None
+    pairs: int = 24
+    steps: int = 40
+    given: list = ()
+    out: str = "."
+    progress: callable = lambda fraction, text: None
+    captions: dict = field(default_factory=dict)           # {figure: what to see in it}
 
-    def __init__(self, model, checkpoint, x, rows, labels=None, sigmas=(0.3,), draws=20, seed=0, device="cpu",
-                 train=None, held_out=None, clusters=None, given=None, steps=40, pairs=40):
-        self.model, self.checkpoint, self.x, self.rows = model, checkpoint, x, rows
-        self.labels = np.full(len(rows), -1) if labels is None else labels
-        self.sigma, self.sigmas, self.draws, self.seed, self.device = sigmas[0], sigmas, draws, seed, device
-        self.train, self.held_out, self.clusters, self.given = train, held_out, clusters, given
-        self.steps, self.pairs, self.phi = steps, pairs, {}
+    def __post_init__(self):
+        self.labels = np.full(len(self.x), -1) if self.labels is None else self.labels
+        self.sigma_max = self.checkpoint["sigma_max"]
+        self.sigma_1 = min(0.5, self.sigma_max)            # σ₁ of Fig. 2, as far as the network knows it
+
+    @property
+    def sigma(self):
+        """The noise level of everything that needs just one."""
+        return next(iter(self.phi))
 
     def pictures(self, i):
-        """Pictures i (indices into `rows`) as (len(i), C, H, W) in [0, 1] on the device."""
-        return to_batch(self.x[self.rows[i]], self.device)
+        """Pictures i as (len(i), C, H, W) in [0, 1] on the device."""
+        return to_batch(self.x[np.asarray(i)], self.device)
 
-    def choose(self, n, *words):
-        """n different pictures (or all), drawn from the seed and `words`, in increasing order."""
-        rng = np.random.default_rng((self.seed, *words))
-        return np.sort(rng.permutation(len(self.rows))[:n])
+    def rng(self, *words):
+        """A numpy generator that depends on the seed and `words` alone."""
+        return np.random.default_rng((self.seed, *words))
 
-    def generator(self, *words):
-        """Noise on the study's device that depends on the seed and `words` alone."""
+    def noise(self, *words):
+        """A torch generator on the device that depends on the seed and `words` alone."""
         return seeded(self.device, self.seed, *words)
 
-    @functools.cached_property
-    def mean(self):
-        """The mean colour m of the training pictures, (C,), on the device."""
-        return torch.as_tensor(self.checkpoint["mean"], dtype=torch.float32, device=self.device)
+    def choose(self, n, *words):
+        """n different pictures (or all), in a random order."""
+        return self.rng(*words).permutation(len(self.x))[:n]
 
     @functools.cached_property
-    def blocks(self):
-        """{σ: {block: (ā_in, ā_out)}} of DETAIL pictures; σ = "again" is 0.5 with other noise."""
-        return block_averages(self, self.choose(DETAIL, 11))
+    def averages(self):
+        """`block_averages` of DETAIL pictures: of the network at all σ, of the untrained ones at fewer."""
+        levels = sorted({*(s for s in SIGMAS if s <= self.sigma_max), self.sigma, self.sigma_1})
+        fewer = [s for s in levels if s in (0, self.sigma, self.sigma_1) or s >= 0.2]
+        chosen, out = self.choose(DETAIL, 11), []
+        for k, model in enumerate([self.model, *self.untrained]):
+            self.progress((k + 0.3) / (1 + len(self.untrained)), f"all blocks of network {k + 1}")
+            out.append(block_averages(self, model, chosen, fewer if k else levels))
+        return out
 
     @functools.cached_property
     def selectivity(self):
         """PR of every channel over the pictures, (d,), NaN if it is always silent (§2.4)."""
         return participation_ratio(self.phi[self.sigma].double(), 0).numpy()
 
-    @functools.cached_property
-    def threshold(self):
-        """Channels of smaller PR are called specialised, the others common: Otsu's threshold."""
-        return otsu(self.selectivity[np.isfinite(self.selectivity)])
-
     def channels(self):
-        """(specialised, common): indices of channels, each from the most to the least selective."""
+        """(specialised, common) channels, most selective first: PR below, above Otsu's threshold; or Skip."""
         order = np.argsort(self.selectivity)
         order = order[np.isfinite(self.selectivity[order])]
-        low = self.selectivity[order] < self.threshold
+        if len(order) < 4 or np.ptp(self.selectivity[order]) == 0:
+            raise Skip("all channels of φ are equally selective")
+        low = self.selectivity[order] < otsu(self.selectivity[order])
         return order[low], order[~low]
 
+    @functools.cached_property
+    def alive(self):
+        """Is M in use? `use` {σ: dB lost with another picture's M-maps}, mean `cosine` between pictures,
+        `silent` channels, class agreement, and `why` not, "" if it is. Limits: use at σ = 0.5 below 0.1 dB,
+        cosine above 0.98, more than a tenth of the channels silent: φ is then not what denoises.
+        """
+        found, d = aliveness(self.model, self.pictures(self.choose(256, 9))), self.phi[self.sigma].shape[1]
+        rules = {f"use {found['use'][0.5]:.2f} dB at σ 0.5": found["use"][0.5] >= 0.1,
+                 f"mean cosine {found['cosine']:.4f} between pictures": found["cosine"] <= 0.98,
+                 f"{found['silent']} of {d} channels silent": found["silent"] <= 0.1 * d}
+        chosen = self.choose(POOL, 16)
+        agreement = [class_agreement(v[self.sigma][chosen], self.labels[chosen])[0].mean()
+                     for v in (self.phi, *self.untrained_phi)]
+        return dict(found, channels=d, agreement=agreement[0], untrained=agreement[1:],
+                    why=", ".join(text for text, kept in rules.items() if not kept))
 
-# φ of all pictures, in a stream
+    def replicates(self, null):
+        """The {σ: φ} of a null, one after the other.
 
-def compute_phi(model, x, rows, sigmas, draws, seed, device):
-    """φ(x_σ) of pictures `rows` of x (N, H, W, C) uint8: (len(sigmas), n, d) float32 on the CPU, or None.
+        untrained: the same network and initialisation before training, three seeds. shuffled: every channel
+        permuted over the pictures (alike at all σ), three times: the marginals stay, all joint structure
+        goes. Gaussian: φ's mean and covariance at the main σ, nothing else, ten draws.
+        """
+        code = self.phi[self.sigma]
+        if null == "untrained":
+            yield from self.untrained_phi
+        elif null == "Gaussian":
+            yield from ({self.sigma: gaussian_like(code, self.seed + k)} for k in range(10))
+        else:
+            for rng in (self.rng(40, k) for k in range(3)):
+                order = torch.from_numpy(np.stack([rng.permutation(len(code)) for _ in code.T], 1))
+                yield {s: v.gather(0, order) for s, v in self.phi.items()}
 
-    Under torchrun every process does a share of the batches and process 0 gathers them; the others get None.
-    The noise of a batch depends on the seed, σ and its place alone: any number of processes gives the same φ,
-    and memory beyond φ is that of one batch.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    starts = range(0, len(rows), BATCH)
-    first = [len(starts) * r // world for r in range(world + 1)]               # each process's first batch
-    room = max(b - a for a, b in zip(first, first[1:])) * BATCH
-    mine = torch.zeros(len(sigmas), room, model.width * 2 ** model.levels)
-    tick = ticker("phi", (first[rank + 1] - first[rank]) * BATCH, "pictures")
-    for k, a in enumerate(starts[first[rank]:first[rank + 1]]):
-        batch = to_batch(x[rows[a:a + BATCH]], device)
-        for out, sigma in zip(mine, sigmas):
-            generator = seeded(device, seed, 5, round(1e6 * sigma), a)
-            code = phi(model, batch, sigma, draws if sigma else 1, generator)
-            out[k * BATCH:k * BATCH + len(batch)] = code.cpu()
-        tick((k + 1) * BATCH)
-    if world == 1:
-        return mine[:, :len(rows)]
-    parts = [torch.empty_like(mine) for _ in range(world)] if rank == 0 else None
-    dist.gather(mine, parts)
-    if rank:
-        return None
-    return torch.cat([p[:, :(b - a) * BATCH] for p, a, b in zip(parts, first, first[1:])], 1)[:, :len(rows)]
+    def nulls(self, measure, *names):
+        """`measure` of every replicate of these nulls: {name: [result]}."""
+        return {name: [measure(phis) for phis in self.replicates(name)] for name in names}
 
+    def claim(self, text, place, paper, here, over, nulls, sign=1, effect=0.0, own=True, rule="",
+              on_phi=True):
+        """A sentence of the paper and its verdict: dict(claim, verdict, value, error, nulls, …).
 
-def cached_phi(path, key, paths, labels, compute):
-    """φ from the file `path` if it was made for the same `key` (a dict), else from `compute`, then saved.
+        here: (value, standard error over what `over` names). nulls: {name: values of its replicates, computed
+        alike}. own: whether the claim's own rule holds, None: cannot be told; `rule` says it in words. It
+        holds if `own` does and, for each null, the value is farther in the direction `sign` (0: in either)
+        than the null's mean, by `effect` and by two combined standard deviations, and than each replicate.
+        on_phi: says something about φ, so that there is no verdict if M is not in use.
+        """
+        (value, error), ahead, shown = map(float, here), [], {}
+        for name, v in nulls.items():
+            v = np.asarray(v, float)
+            v = v[np.isfinite(v)]
+            if len(v):
+                spread = float(v.std(ddof=1)) if len(v) > 1 else 0.0
+                shown[name] = [float(v.mean()), spread, len(v)]
+                gaps = (sign or np.sign(value - v.mean())) * (value - v)
+                ahead.append(gaps.mean() >= effect and gaps.mean() > 2 * math.hypot(error, spread)
+                             and gaps.min() > 0)
+        verdict = "holds" if own and all(ahead) else "fails"
+        if own is None or not math.isfinite(value + error):
+            verdict = "not comparable"
+        if on_phi and self.alive["why"]:
+            verdict, rule = "not comparable", "M is not in use"
+        return dict(claim=text, place=place, paper=paper, verdict=verdict, value=value, error=error,
+                    over=over, nulls=shown, effect=effect, rule=rule, on_phi=on_phi)
 
-    Returns {σ: (n, d)}, or None in the processes other than the first. Raises UserError if the file is not
-    one of ours: it is then left alone.
-    """
-    leads = not dist.is_initialized() or dist.get_rank() == 0
-    saved, words = None, json.dumps(key, sort_keys=True)
-    if leads and os.path.exists(path):
-        try:
-            with np.load(path) as file:
-                if str(file["key"]) == words:
-                    saved = np.concatenate([file["phi"][None], file["other_phi"]])
-        except Exception:                      # numpy raises nearly anything for a file that is not its own
-            raise UserError(f"{path}: exists, but was not written by analyze.py; --out names another "
-                            f"folder") from None
-        print(f"{path}: " + ("phi is already there" if saved is not None else
-                             "of another network, other pictures or settings; computed anew"))
-    found = [saved is not None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if found[0]:
-        return dict(zip(key["sigmas"], torch.from_numpy(saved))) if leads else None
-    values = compute()
-    if not leads:
-        return None
-    if not values.isfinite().all():
-        raise UserError("phi is not finite; is the checkpoint damaged?")
-    temporary = path + ".tmp.npz"
-    np.savez(temporary, phi=values[0].numpy(), other_phi=values[1:].numpy(), sigma=np.array(key["sigmas"]),
-             paths=np.array(paths), labels=labels, checkpoint=key["checkpoint"], key=words)
-    os.replace(temporary, path)
-    return dict(zip(key["sigmas"], values))
+    def figure(self, name, image, text):
+        """Write a figure; `text` says what to see in it."""
+        with write(os.path.join(self.out, name + ".png")) as file:
+            image.save(file, "png")
+        self.captions[name] = text
 
 
 # Measures
@@ -177,10 +223,39 @@ def kurtosis(v):
     return (v ** 4).mean(0) / (v ** 2).mean(0) ** 2
 
 
-def bimodality(v):
-    """Sarle's coefficient (skewness² + 1) / kurtosis: 1 two points, 5/9 uniform, 1/3 Gaussian; 1-D array."""
-    m2, m3, m4 = (((v - v.mean()) ** k).mean() for k in (2, 3, 4))
-    return float((m3 ** 2 / m2 ** 3 + 1) / (m4 / m2 ** 2)) if m2 > 0 else math.nan
+def minorant(x, y):
+    """Indices of the vertices of the greatest convex minorant of the points (x increasing, y)."""
+    hull = []
+    for i in range(len(x)):
+        while len(hull) > 1 and ((y[hull[-1]] - y[hull[-2]]) * (x[i] - x[hull[-1]])
+                                 >= (y[i] - y[hull[-1]]) * (x[hull[-1]] - x[hull[-2]])):
+            hull.pop()
+        hull.append(i)
+    return np.array(hull)
+
+
+def dip(v):
+    """Hartigan & Hartigan's dip (1985): the distance of the distribution of v to the nearest unimodal one.
+
+    v: (n,) values, distinct. From 1/(2n) to 1/4. The interval [a, b] of the mode shrinks: its next ends lie
+    where the concave majorant of the distribution and its convex minorant, both over [a, b], are farthest
+    apart, until the distances outside are as large as that.
+    """
+    x, counts = np.unique(v, return_counts=True)
+    at, a, b, worst = np.cumsum(counts) / len(v), 0, len(x) - 1, 1 / len(v)    # the distribution at a value,
+    before = at - counts / len(v)                                              # and just below it
+    while True:
+        convex, concave = (a + minorant(x[a:b + 1], y[a:b + 1]) for y in (before, -at))
+        G, L = np.interp(x, x[convex], before[convex]), np.interp(x, x[concave], at[concave])
+        i, j = convex[(L - G)[convex].argmax()], concave[(L - G)[concave].argmax()]
+        ends = (i, concave[concave >= i][0]) if (L - G)[i] >= (L - G)[j] else (convex[convex <= j][-1], j)
+        size = max((L - G)[i], (L - G)[j])
+        if size <= worst:
+            return worst / 2
+        worst = max(worst, (at - G)[a:ends[0] + 1].max(), (L - before)[ends[1]:b + 1].max())
+        if ends == (a, b):
+            return worst / 2
+        a, b = ends
 
 
 def otsu(v):
@@ -207,13 +282,13 @@ def rank_correlation(a, b):
     return float(np.corrcoef(ranks(a[both]), ranks(b[both]))[0, 1])
 
 
-def adjusted_rand_index(a, b):
-    """Agreement of two partitions (n,): 1 the same, 0 as by chance (Hubert & Arabie 1985)."""
-    pairs = lambda counts: float((counts * (counts - 1) / 2).sum())
-    table = contingency(a, b)
-    both, one, two = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    chance = one * two / pairs(np.array([len(a)]))
-    return 1.0 if one == two == chance else (both - chance) / ((one + two) / 2 - chance)
+def bootstrap(a, b, rng, samples=300):
+    """(rank correlation, its bootstrap SD, the 2.5 % and 97.5 % quantiles) of paired 1-D arrays."""
+    rho = rank_correlation(a, b)
+    found = [rank_correlation(a[i], b[i]) for i in rng.integers(len(a), size=(samples, len(a)))]
+    if not math.isfinite(rho):
+        return 2 * NOTHING
+    return rho, float(np.nanstd(found)), *np.nanquantile(found, [0.025, 0.975]).tolist()
 
 
 def mean_se(v):
@@ -222,178 +297,207 @@ def mean_se(v):
     return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
 
 
+def beyond(pair, sign=1):
+    """Whether sign × mean of (mean, standard error) is above two standard errors; None: no error known."""
+    return bool(sign * pair[0] > 2 * pair[1]) if math.isfinite(pair[1]) else None
+
+
+def less_colour(x):
+    """Pictures (n, C, H, W) less their mean colour, as unit vectors (n, C·H·W)."""
+    return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1)
+
+
 # §2.2, Denoising and channel sparsity (Fig. 1, 10)
 
 @torch.no_grad()
-def block_averages(study, chosen):
-    """E_z[ā_j(x + σz)] at the input and output of every block: {σ: {block: ((m, d_in), (m, d_out))}}.
+def block_averages(study, model, chosen, levels):
+    """E_z[ā_j(x + σz)] at the input and output of every block: {σ: {block: [(m, d_in), (m, d_out)]}}.
 
-    For every σ of SIGMAS, the study's own, and "again", a second estimate at 0.5 with its own noise.
+    For each σ of `levels` and "again", a second estimate at σ₁ with its own noise; at most ten draws.
     """
-    levels = sorted({*SIGMAS, *study.sigmas}) + ["again"]
-    parts, tick = {level: [] for level in levels}, ticker("blocks", len(chosen) * len(levels), "pictures")
-    for a in range(0, len(chosen), BATCH):
-        x = study.pictures(chosen[a:a + BATCH])
-        for k, level in enumerate(levels):
-            sigma, total = 0.5 if level == "again" else level, None
-            generator, draws = study.generator(6, k, a), study.draws if sigma else 1
-            for _ in range(draws):
-                z = torch.randn(x.shape, generator=generator, device=x.device)
-                now = study.model.activations(x + sigma * z)
-                total = now if total is None else {name: (total[name][0] + i, total[name][1] + o)
-                                                   for name, (i, o) in now.items()}
-            parts[level].append({name: (i / draws, o / draws) for name, (i, o) in total.items()})
-            tick(len(levels) * a + (k + 1) * len(x))
-    return {level: {name: tuple(torch.cat([p[name][side] for p in list_]).cpu() for side in (0, 1))
-                    for name in list_[0]} for level, list_ in parts.items()}
+    x, out = study.pictures(chosen), {}
+    for k, level in enumerate([*levels, "again"]):
+        sigma, generator, total = study.sigma_1 if level == "again" else level, study.noise(6, k, 0), {}
+        draws = min(10, study.draws) if sigma else 1
+        for _ in range(draws):
+            z = torch.randn(x.shape, generator=generator, device=x.device)
+            for name, sides in model.activations(x + sigma * z).items():
+                total[name] = [t + v / draws for t, v in zip(total.get(name, (0, 0)), sides)]
+        out[level] = {name: [v.cpu() for v in sides] for name, sides in total.items()}
+    return out
 
 
-def inner_blocks(study):
-    """The blocks of Fig. 1 and 2 in running order: E1's input and D1's output are pictures, not features."""
-    return [name for name in study.model.blocks if name not in ("E1", "D1")]
-
-
-def sparsity(study, out):
+@analysis(18, "sparsity")
+def sparsity(study):
     """Fig. 1, 10: PR of ā at the input and the output of every block, at several σ.
 
-    PR of the mean over draws, one value a picture. The change is output minus input, its standard error over
-    pictures. φ's PR is M's output over all pictures.
+    PR of the mean over draws, one value a picture; change: output − input, (mean, error over pictures). E1
+    and D1, with a picture at one side, are left out. Claims about several blocks are judged by the one in
+    which the change is least in their direction.
+    Nulls: the untrained network, since random filters and ReLUs change the PR too; for φ's PR shuffling as
+    well: is a picture sparser than its channels taken one by one?
     """
-    names, least = inner_blocks(study), min(0.05, study.sigma)
-    levels = [s for s in study.blocks if s != "again" and s >= least]
-    pr = {s: {b: [participation_ratio(v.double()).numpy() for v in study.blocks[s][b]] for b in names}
-          for s in levels}
-    main = pr[study.sigma]
-    of_phi = participation_ratio(study.phi[study.sigma].double()).numpy()
-    numbers = dict(
-        pictures=len(main["M"][0]), sigma=study.sigma, sigmas=levels,
-        pr_input={b: main[b][0] for b in names}, pr_output={b: main[b][1] for b in names},
-        change={b: mean_se(main[b][1] - main[b][0]) for b in names},
-        mean_input={b: [pr[s][b][0].mean() for s in levels] for b in names},
-        mean_output={b: [pr[s][b][1].mean() for s in levels] for b in names},
-        phi_pr=of_phi, phi_pr_mean=of_phi.mean(), phi_pr_sd=of_phi.std())
-    plots = []
-    for b in names:
-        p = Axes((530, 400), (0, 1), None, "participation ratio", "pictures", b)
-        p.histogram(main[b][0], 40, ORANGE, "input")
-        p.histogram(main[b][1], 40, GREEN, "output")
-        plots.append(p.image())
-    span = min(levels), max(levels)
-    curve = Axes((790, 560), span, (0, 1), "noise level sigma", "mean PR of the output", xlog=True)
-    for b, color in zip(names, COLORS):
-        curve.line(levels, numbers["mean_output"][b], color, b)
-    change = Axes((790, 560), span, None, "noise level sigma", "PR, output - input", xlog=True)
-    for b, color in zip(names, COLORS):
-        change.line(levels, np.subtract(numbers["mean_output"][b], numbers["mean_input"][b]), color, b)
-    change.line(span, [0, 0], GRAY)
-    title = f"PR of the channel averages at sigma = {study.sigma:g}, {numbers['pictures']} pictures"
-    save(stack([caption(title), in_rows(plots), in_rows([curve.image(), change.image()])]), out, "sparsity")
-    return numbers
+    names = [b for b in study.averages[0][study.sigma] if b not in ("E1", "D1")]
+    levels = [s for s in study.averages[0] if s != "again" and s >= min(0.05, study.sigma)]
+    ratio = lambda v: participation_ratio(v.double()).numpy()
+    sides = lambda averages, s: {b: [ratio(v) for v in averages[s][b]] for b in names}
+    changes = [{b: mean_se(after - before) for b, (before, after) in sides(v, study.sigma).items()}
+               for v in study.averages]
+    here, of_phi = sides(study.averages[0], study.sigma), ratio(study.phi[study.sigma])
+
+    def moves(text, place, kind, sign):
+        picked = [b for b in names if b[0] == kind]
+        worst = [min((v[b] for b in picked), key=lambda c: sign * c[0], default=NOTHING) for v in changes]
+        each = ", ".join(f"{b} {changes[0][b][0]:+.3f}" for b in picked) or "no such block"
+        return study.claim(text, place, "falls" if sign < 0 else "rises", worst[0], "pictures",
+                           dict(untrained=[m for m, _ in worst[1:]]), sign, 0.02, beyond(worst[0], sign),
+                           f"change of PR, {each}", on_phi=kind == "M")
+
+    claims = [
+        moves("PR falls from the input to the output of M", "Fig. 1, 10", "M", -1),
+        moves("PR falls in the decoder blocks", "Fig. 1", "D", -1),
+        moves("PR rises in the encoder blocks", "Fig. 1", "E", 1),
+        study.claim("φ's PR lies in 0.2–0.3", "§2.5, Fig. 1", "0.2–0.3", mean_se(of_phi), "pictures",
+                    study.nulls(lambda v: ratio(v[study.sigma]).mean(), "untrained", "shuffled"), 0, 0.02,
+                    0.2 <= of_phi.mean() <= 0.3, "in the range, and not as with shuffled channels")]
+    plots = [plot((530, 400), [bars(v, 30, limits(np.concatenate(here[b])), name, color) for v, name, color in
+                               zip(here[b], ("input", "output"), (ORANGE, GREEN))],
+                  "participation ratio", "pictures", b) for b in names]
+    at = [sides(study.averages[0], s) for s in levels]
+    mean = {b: np.transpose([np.mean(v[b], 1) for v in at]) for b in names}        # (2, levels)
+    curves = ([line(levels, v[1], b, points=True) for b, v in mean.items()],
+              [line(levels, v[1] - v[0], b, points=True) for b, v in mean.items()] + [rule(y=0)])
+    wide = [plot((796, 520), marks, "noise level σ", label, log="x") for marks, label in
+            zip(curves, ("mean PR of the output", "PR, output − input"))]
+    study.figure("sparsity", grid([grid(plots, 3, 5), grid(wide, 2)], 1),
+                 "Fig. 1, 10. The share of active channels (PR) before and after each block; below, against "
+                 "the noise. Paper: it rises in the encoder (E), falls in M and in the decoder (D).")
+    return dict(pictures=len(here["M"][0]), sigma=study.sigma, change=changes[0], phi_pr=of_phi,
+                pr_input={b: v[0] for b, v in here.items()}, pr_output={b: v[1] for b, v in here.items()},
+                claims=claims)
 
 
 # §2.3, Robustness of representation to noise (Fig. 2, 11)
 
-def stability(study, out):
-    """Fig. 2, 11: cos(ā(σ₁ = 0.5), ā(σ₂)) at every block's output against σ₂; mean and spread over pictures.
+@analysis(1, "stability")
+def stability(study):
+    """Fig. 2, 11: cos(ā(σ₁ = 0.5), ā(σ₂)) at every block's output against σ₂ ≤ σ_max; means over pictures.
 
-    At σ₂ = 0.5 the two have different noise, so that the cosine shows what the draws leave open. `middle` is
-    each picture's mean over σ₂ in [0.2, 2].
+    At σ₂ = σ₁ the two have different noise. E1 is in, as in Fig. 2; D1, whose output is a picture, is not.
+    A constant is perfectly stable, so M's cosine must also exceed that between *different* pictures: `apart`.
+    Nulls: the untrained network (its M is stable too, by averaging). The others say nothing of other blocks.
     """
-    names, levels = inner_blocks(study), list(SIGMAS)
-    names = ["E1", *names]
-    cosine = {b: np.stack([F.cosine_similarity(
-        study.blocks["again"][b][1], study.blocks[s][b][1], dim=1).numpy() for s in levels]) for b in names}
-    inside = [0.2 <= s <= 2 for s in levels]
-    middle = {b: cosine[b][inside].mean(0) for b in names}
-    best = max((b for b in names if b != "M"), key=lambda b: middle[b].mean())
-    amplitude = [float(study.blocks[s]["M"][1].norm(dim=1).mean()) for s in levels]
-    numbers = dict(pictures=len(middle["M"]), sigma_1=0.5, sigma_2=levels,
-                   mean={b: cosine[b].mean(1) for b in names}, sd={b: cosine[b].std(1) for b in names},
-                   middle={b: mean_se(middle[b]) for b in names}, next_best=best,
-                   lead=mean_se(middle["M"] - middle[best]), norm_of_phi=amplitude,
-                   norm_at_0=amplitude[0] / amplitude[levels.index(0.5)])
-    place = [max(s, 0.005) for s in levels]    # 0 has no place on a logarithmic axis
-    p = Axes((1600, 800), (0.005, 3), (0, 1), "sigma_2 (leftmost point: 0)", "cosine to sigma_1 = 0.5",
-             f"Stability of channel averages; band: one SD over {numbers['pictures']} pictures", xlog=True)
-    for b, color in zip(names, COLORS):
-        m, s = numbers["mean"][b], numbers["sd"][b]
-        p.line(place, m, color, b, band=(m - s, m + s) if b == "M" else None, width=8 if b == "M" else 5)
-    p.line([study.checkpoint["sigma_max"]] * 2, [0, 1], GRAY, "largest sigma in training")
-    save(p.image(), out, "stability")
-    return numbers
+    names = [b for b in study.averages[0]["again"] if b != "D1"]
+    levels = [s for s in study.averages[0] if s in SIGMAS]
+    inside = [s for s in levels if s >= 0.2] or [s for s in levels if s]
+    order = study.rng(8).permutation(len(study.averages[0]["again"]["M"][1]))
+    other_one = np.roll(order, 1)[order.argsort()]         # a random cycle: each picture's is another one
+    cosines = lambda v, b, s, rows=...: F.cosine_similarity(v["again"][b][1], v[s][b][1][rows]).numpy()
+
+    def measure(averages):
+        same = {b: np.mean([cosines(averages, b, s) for s in inside], 0) for b in names}
+        other = np.mean([cosines(averages, "M", s, other_one) for s in inside], 0)
+        best = max((b for b in names if b != "M"), key=lambda b: same[b].mean())
+        norm = [averages[s]["M"][1].norm(dim=1).numpy() for s in (0.0, study.sigma_1)]
+        return dict(mean_cosine={b: mean_se(v) for b, v in same.items()}, next_best=best,
+                    lead=mean_se(same["M"] - same[best]), apart=mean_se(same["M"] - other),
+                    norm_at_0=mean_se(norm[0] / norm[1].clip(1e-12)))
+
+    here, *untrained = (measure(v) for v in study.averages)
+    mean, sd = ({b: np.array([f(cosines(study.averages[0], b, s)) for s in levels]) for b in names}
+                for f in (np.mean, np.std))
+    lead, apart, norm = here["lead"], here["apart"], here["norm_at_0"]
+    claims = [
+        study.claim(f"M is the most stable block, σ in {inside[0]:g}–{inside[-1]:g}", "Fig. 2, 11",
+                    "M highest", lead, "pictures", dict(untrained=[v["lead"][0] for v in untrained]), 1, 0.01,
+                    beyond(lead) and beyond(apart) and apart[0] > 0.02,
+                    f"lead over {here['next_best']} in mean cosine; above the cosine of different pictures "
+                    f"by {apart[0]:.3f} (at least 0.02)"),
+        study.claim("φ collapses to zero as σ → 0", "Fig. 2, App. B.3", "collapses", norm, "pictures",
+                    dict(untrained=[v["norm_at_0"][0] for v in untrained]), -1, 0.05, norm[0] < 0.1,
+                    f"‖φ‖ at σ = 0 over that at {study.sigma_1:g}, below a tenth")]
+    place = np.maximum(levels, 0.005)                      # 0 has no place on a logarithmic axis
+    marks = [line(place, m, b, band=(m - sd[b], m + sd[b]) if b == "M" else None, width=9 if b == "M" else 5)
+             for b, m in mean.items()]
+    marks.append(rule(y=here["mean_cosine"]["M"][0] - apart[0], label="M, between different pictures"))
+    study.figure("stability", plot((1600, 800), marks, "σ₂ (leftmost point: 0)",
+                                   f"cosine to σ₁ = {study.sigma_1:g}", log="x"),
+                 "Fig. 2, 11. How far each block keeps its direction when the noise changes (band: one SD). "
+                 "Paper: M is highest. Stability counts only above the gray line.")
+    return dict(here, pictures=len(order), sigma_1=study.sigma_1, sigma_2=levels, mean=mean, sd=sd,
+                claims=claims)
 
 
 # §2.4, Denoising and channel selectivity (Fig. 3, 4, 12)
 
-def top_pictures(study, channel, k=9):
-    """The k pictures with the largest φ[channel], largest first."""
-    v = study.phi[study.sigma][:, channel]
-    return v.topk(min(k, len(v))).indices.numpy()
+def top_pictures(code, channel, k=9):
+    """The at most k pictures that excite a channel most, largest first, and how many excite it at all."""
+    v = code[:, channel]
+    excited = int((v > 1e-6).sum())
+    return v.topk(min(k, excited)).indices.numpy(), excited
 
 
-def need_channels(study):
-    """(specialised, common), or Skip if all channels are alike."""
-    special, common = study.channels()
-    if not len(special) or not len(common):
-        raise Skip("all channels of phi are equally selective; has the network been trained?")
-    return special, common
-
-
-def selectivity(study, out):
+@analysis(1, "selectivity")
+def selectivity(study):
     """Fig. 3, 12: PR of every channel of φ over the data set; what excites the most and the least selective.
 
-    Bimodality is Sarle's coefficient, its spread that of 200 bootstrap samples of the channels; 5/9 is the
-    value of a uniform distribution. Specialised: PR below Otsu's threshold.
+    Bimodality: Hartigan's dip test, p from 500 uniform samples of as many channels; one skewed mode does not
+    pass. Error: bootstrap over channels.
+    Nulls: the untrained network's dip. Shuffling keeps every channel's PR over the pictures, and so does a
+    Gaussian's mean and variance: they do not apply.
     """
-    pr = study.selectivity[np.isfinite(study.selectivity)]
-    special, common = need_channels(study)
-    rng = np.random.default_rng((study.seed, 12))
-    spread = np.nanstd([bimodality(rng.choice(pr, len(pr))) for _ in range(200)])
-    shown = [*special[:4], *common[::-1][:2]]
-    numbers = dict(pr=study.selectivity, silent=int(np.isnan(study.selectivity).sum()),
-                   threshold=study.threshold, specialised=len(special), common=len(common),
-                   bimodality=bimodality(pr), bimodality_sd=spread, shown=shown,
-                   top={int(c): top_pictures(study, c) for c in shown})
-    p = Axes((1600, 520), (0, 1), None, "participation ratio over the pictures", "channels of phi",
-             f"{len(pr)} channels, {len(study.rows)} pictures; bimodality {numbers['bimodality']:.2f}")
-    p.histogram(pr, 50, BLUE)
-    p.line([study.threshold] * 2, p.ylim, RED, "threshold (Otsu)")
-    panels = []
+    every, code, rng = study.selectivity, study.phi[study.sigma], study.rng(12)
+    pr, (special, common) = every[np.isfinite(every)], study.channels()
+    found, threshold = dip(pr), otsu(pr)
+    p = float(np.mean([dip(rng.random(len(pr))) >= found for _ in range(500)]))
+    error = float(np.std([dip(rng.choice(pr, len(pr))) for _ in range(50)]))
+    claims = [study.claim(
+        "channel selectivity is bimodal", "Fig. 3", "bimodal on ImageNet", (found, error), "channels",
+        study.nulls(lambda v: dip(participation_ratio(v[study.sigma].double(), 0).nan_to_num().numpy()),
+                    "untrained"), 1, 0.01, p < 0.05,
+        f"Hartigan's dip, p = {p:.3f}, below 0.05; {len(special)} specialised, {len(common)} common")]
+    histogram = plot((1600, 480), [bars(pr, 40), rule(x=threshold, label="threshold (Otsu)", color=RED)],
+                     "participation ratio over the pictures", "channels of φ")
+    shown, cells = [*special[:4], *common[::-1][:2]], []
+    top, excited = ({int(c): top_pictures(code, c)[k] for c in shown} for k in (0, 1))
     for c in shown:
-        title = f"{'specialised' if c in special else 'common'} {c}: PR {study.selectivity[c]:.2g}"
-        pictures = panel(study.pictures(numbers["top"][c]), side=160, gap=4)
-        panels.append(stack([caption(title, 24, 520), pictures]))
-    save(stack([p.image(), in_rows(panels)]), out, "selectivity")
-    return numbers
+        title = (f"{'specialised' if c in special else 'common'} {c}, PR {every[c]:.2g}; excited by "
+                 f"{excited[c]} of {len(code)}")
+        cells.append(grid([caption(title, 22, 528), panel(study.pictures(top[c]), side=170)], 1, 2))
+    study.figure("selectivity", grid([histogram, grid(cells, 3)], 1),
+                 "Fig. 3, 12. Over how many pictures each channel is active (PR). Paper: two groups. Below: "
+                 "what excites four specialised and two common channels most; do they share anything?")
+    return dict(pr=every, silent=int(np.isnan(every).sum()), threshold=threshold, specialised=len(special),
+                common=len(common), dip=found, p=p, shown=shown, top=top, excited=excited, claims=claims)
 
 
-def attributes(study, out):
+@analysis(1, "attributes")
+def attributes(study):
     """Fig. 4: pictures, the three specialised channels that each excites most, and what else excites those.
 
     A channel's response is divided by its root mean square over the data set: channels differ in scale.
     """
-    special, _ = need_channels(study)
-    code, size = study.phi[study.sigma], study.checkpoint["size"]
+    (special, _), code, cells, numbers = study.channels(), study.phi[study.sigma], [], dict(pictures=[])
     if study.given:
-        x = np.stack([load_picture(f, size, study.model.channels) for f in study.given])
-        x, names = to_batch(x, study.device), study.given
-        own = phi(study.model, x, study.sigma, study.draws, study.generator(13)).cpu()
+        shape = study.checkpoint["size"], study.model.channels, study.checkpoint["flags"]["patches"]
+        x = to_batch(np.stack([load_picture(file, *shape) for file in study.given]), study.device)
+        names = [os.path.basename(str(file)) for file in study.given]
+        own = phi(study.model, x, study.sigma, study.draws, study.noise(13)).cpu()
     else:
         chosen = study.choose(3, 13)
         x, own, names = study.pictures(chosen), code[chosen], [f"picture {i}" for i in chosen]
-    relative = (own / code.square().mean(0).sqrt())[:, special.copy()]
-    numbers, rows = dict(pictures=[]), []
-    for i, name in enumerate(names):
-        value, at = relative[i].topk(min(3, len(special)))
+    relative = (own / code.square().mean(0).sqrt())[:, special.copy()].nan_to_num()
+    for name, picture, (value, at) in zip(names, x, (v.topk(min(3, len(special))) for v in relative)):
         best = special[at.numpy()]
-        numbers["pictures"].append(dict(name=str(name), channels=best, response=value,
-                                        top=[top_pictures(study, c) for c in best]))
-        cells = [stack([caption(os.path.basename(str(name)), 24, 380), to_image(x[i], 330)])]
-        cells += [stack([caption(f"channel {c}, PR {study.selectivity[c]:.2g}", 24, 380),
-                         panel(study.pictures(top_pictures(study, c)), side=110, gap=4)]) for c in best]
-        rows.append(in_rows(cells, 4))
-    title = "A picture, and what else excites the specialised channels that it excites most"
-    save(stack([caption(title), *rows]), out, "attributes")
+        top = [top_pictures(code, c)[0] for c in best]
+        numbers["pictures"].append(dict(name=name, channels=best, response=value, top=top))
+        cells.append(grid([caption(name, 22, 392), to_image(picture, 380)], 1, 2))
+        for c, v, rows in zip(best, value, top):
+            title = caption(f"channel {c}, PR {study.selectivity[c]:.2g}; {v:.1f} r.m.s.", 22, 392)
+            cells.append(grid([title, panel(study.pictures(rows), side=122)], 1, 2))
+    study.figure("attributes", grid(cells, 1 + min(3, len(special))),
+                 "Fig. 4. Left, a picture; right, what else excites the three specialised channels that "
+                 "it excites most. Do they show what the picture is made of?")
     return numbers
 
 
@@ -407,247 +511,229 @@ def nearest(code, queries, k):
     return cosine.topk(min(k, len(code) - 1), dim=1).indices.numpy()
 
 
-def principal_components(v, k):
-    """Coordinates (n, k) of v (n, D) along its k first principal directions, from the smaller Gram matrix."""
-    v = (v - v.mean(0)).double()
-    if len(v) <= v.shape[1]:
-        values, vectors = torch.linalg.eigh(v @ v.T)
-        return (vectors * values.clamp(min=0).sqrt())[:, -k:].flip(1).float()
-    return (v @ torch.linalg.eigh(v.T @ v)[1][:, -k:].flip(1)).float()
+def class_agreement(code, labels, k=10):
+    """(share of the k nearest that are of the picture's class, one value a picture; the same by chance).
+
+    Pictures without a class (−1) are left out. NaN without two classes.
+    """
+    code, labels = code[labels >= 0], labels[labels >= 0]
+    names, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        return np.array([math.nan]), math.nan
+    same = labels[nearest(code, np.arange(len(labels)), k)] == labels[:, None]
+    return same.mean(1), float((counts[index] - 1).mean() / (len(labels) - 1))
 
 
-def untrained_phi(study, chosen):
-    """φ of the same network before its training (initialised as train.py does), (len(chosen), d)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(study.seed)
-        model = UNet(**study.checkpoint["model"]).to(study.device).eval()
-    if study.checkpoint["flags"]["init"] == "data":
-        x = study.pictures(chosen[:BATCH])
-        sigma = torch.rand(len(x), 1, 1, 1, generator=seeded("cpu", study.seed, 14)).square().to(x.device)
-        z = torch.randn(x.shape, generator=seeded("cpu", study.seed, 15)).to(x.device)
-        initialise(model, x + study.checkpoint["sigma_max"] * sigma * z, study.checkpoint["mean"])
-    return compute_phi(model, study.x, study.rows[chosen], [study.sigma], study.draws, study.seed,
-                       study.device)[0]
+def two_groups(code, target, size):
+    """[rows (size,): a picture and its nearest ones, the same for the picture of least cosine to it]."""
+    unit = F.normalize(code, dim=1)
+    targets = [target, int((unit @ unit[target]).argmin())]
+    return [np.append(t, g) for t, g in zip(targets, nearest(code, targets, size - 1))]
 
 
-def neighbours(study, out, k=10):
+def subspace_gap(code, targets, k=3):
+    """How much better a group's own directions explain it than another group's do, (targets,) in [−1, 1].
+
+    Groups: `two_groups` of 24. Explained: the share of ‖φ‖² of every second member that lies in the span of
+    the k first singular vectors of the remaining members, of its own group or of the other one.
+    """
+    gaps = []
+    for target in targets:
+        groups = [code[g].double() for g in two_groups(code, target, min(24, len(code) // 3))]
+        bases = [torch.linalg.svd(g[::2], full_matrices=False)[2][:k] for g in groups]
+        share = lambda a, basis: float((a[1::2] @ basis.T).square().sum() / a[1::2].square().sum())
+        gaps.append(np.mean([share(groups[i], bases[i]) - share(groups[i], bases[1 - i]) for i in (0, 1)]))
+    return np.array(gaps)
+
+
+@analysis(1, "neighbours", "subspaces")
+def neighbours(study):
     """Fig. 5, 14: nearest pictures by cosine of φ and of pixels; class agreement; union of subspaces.
 
-    Agreement: the share of the k nearest that are of the query's class, for φ, pixels, pixels minus their
-    mean colour, PCA of the pixels at φ's dimension, and φ of the untrained network. Two groups: a picture
-    drawn by seed with its 24 φ-neighbours, and the same for the picture of least cosine to it. `own` and
-    `other` say how much of a group's φ (its energy) lies in the span of the three first singular vectors of
-    its own group (without the picture itself) and of the other's.
+    Agreement: the share of the ten nearest that are of the query's class. Subspaces: `subspace_gap`.
+    Nulls: the untrained network's lead; shuffled φ, which agrees with the classes by chance alone. A
+    Gaussian's rows belong to no picture: it applies to the subspaces only, where it and shuffling ask whether
+    neighbours share directions just because they are neighbours.
     """
-    if len(study.rows) < 10:
-        raise Skip(f"{len(study.rows)} pictures are too few for neighbours")
     chosen = study.choose(POOL, 16)
-    pixels = torch.cat([study.pictures(c).cpu() for c in np.array_split(chosen, len(chosen) // BATCH + 1)])
-    labels, code, flat = study.labels[chosen], study.phi[study.sigma][chosen], pixels.flatten(1)
-    centred = (pixels - pixels.mean((2, 3), keepdim=True)).flatten(1)
-    spaces = {"phi": code, "pixels": flat, "pixels - mean colour": centred,
-              f"PCA of pixels, {code.shape[1]}": principal_components(flat, code.shape[1])}
-    numbers = dict(pool=len(chosen), k=k)
-    queries = np.flatnonzero(labels >= 0)[:2000]
-    if len(np.unique(labels[queries])) > 1:
-        spaces["phi, untrained"] = untrained_phi(study, chosen)
-        same = {s: (labels[nearest(v, queries, k)] == labels[queries][:, None]).mean(1)
-                for s, v in spaces.items()}
-        share = np.bincount(labels[labels >= 0]) / len(labels)
-        numbers |= dict(agreement={s: mean_se(v) for s, v in same.items()}, chance=float((share ** 2).sum()),
-                        lead={s: mean_se(same["phi"] - v) for s, v in same.items() if s != "phi"})
-    unit = F.normalize(code, dim=1)
-    first = int(np.random.default_rng((study.seed, 17)).integers(len(chosen)))
-    targets = [first, int((unit @ unit[first]).argmin())]
-    m = min(24, len(chosen) // 3)
-    groups = {s: nearest(spaces[s], targets, m) for s in ("phi", "pixels")}
-    members = [np.append(t, g) for t, g in zip(targets, groups["phi"])]
-    energy = [[subspace_energy(code[a], code[b], a is b) for b in members] for a in members]
-    numbers |= dict(groups=[chosen[g] for g in members], energy_own=[energy[0][0], energy[1][1]],
-                    energy_other=[energy[0][1], energy[1][0]])
-    special, common = study.channels()
-    sheets = [stack([caption(f"nearest in {s}", 26, 780),
-                     panel(pixels[groups[s][i]][:8], pixels[[t]], side=250, gap=6)])
-              for i, t in enumerate(targets) for s in ("phi", "pixels")]
-    rows = [caption("Two pictures (framed) and their nearest by cosine"), in_rows(sheets, 2)]
-    if len(special) and len(common):
-        scaled = code / code.square().mean(0).sqrt().clamp(min=1e-12)
-        contrast = (scaled[members[0]].mean(0) - scaled[members[1]].mean(0)).numpy()[special]
-        axes = [int(special[contrast.argmax()]), int(special[contrast.argmin()]), int(common[-1])]
-        numbers |= dict(components=axes, phi_components=[code[g][:, axes] for g in members])
-        plots = []
-        for i, j in (0, 1), (0, 2), (1, 2):
-            name = lambda c: f"phi[{axes[c]}] ({'common' if c == 2 else 'specialised'})"
-            p = Axes((530, 480), limits(code[np.concatenate(members)][:, axes[i]]),
-                     limits(code[np.concatenate(members)][:, axes[j]]), name(i), name(j))
-            for g, color, label in zip(members, COLORS, ("first group", "second")):
-                p.scatter(code[g][:, axes[i]], code[g][:, axes[j]], color, label)
-            plots.append(p.image())
-        rows += [caption("Three components of phi for the two groups"), in_rows(plots)]
-    if "agreement" in numbers:
-        rows.append(bars(numbers["agreement"], numbers["chance"],
-                         f"share of the {k} nearest that are of the same class ({len(queries)} pictures)"))
-    save(stack(rows), out, "neighbours")
-    return numbers
+    pixels, code = to_batch(study.x[chosen], "cpu"), study.phi[study.sigma][chosen]
+    labels, targets = study.labels[chosen], study.rng(17).permutation(len(chosen))[:20]
+    spaces = {"φ": code, "pixels": pixels.flatten(1), "pixels less their mean colour": less_colour(pixels)}
+    same = {s: class_agreement(v, labels)[0] for s, v in spaces.items()}
+    chance = class_agreement(code, labels)[1]
+    nulls = study.nulls(lambda v: class_agreement(v[study.sigma][chosen], labels)[0].mean(), "untrained",
+                        "shuffled")
+    gaps = subspace_gap(code, targets)
+
+    def more_than(space, text, paper):
+        here, means = mean_se(same["φ"] - same[space]), {s: v.mean() for s, v in same.items()}
+        rule = (f"lead in class agreement: φ {means['φ']:.3f}, {space} {means[space]:.3f}, chance "
+                f"{chance:.3f}" if math.isfinite(chance) else "no class labels")
+        leads = {name: np.subtract(v, means[space]) for name, v in nulls.items()}
+        return study.claim(text, "Fig. 5, 14", paper, here, "queries", leads, 1, 0.02, beyond(here), rule)
+
+    claims = [
+        more_than("pixels", "φ-neighbours agree in class more than pixel-neighbours", "stark contrast"),
+        more_than("pixels less their mean colour", "… than pixels less their mean colour (our control)", "–"),
+        study.claim("φ lies on a union of subspaces", "Fig. 5", "picture", mean_se(gaps), "pairs of groups",
+                    study.nulls(lambda v: subspace_gap(v[study.sigma][chosen], targets).mean(), "untrained",
+                                "shuffled", "Gaussian"), 1, 0.02, beyond(mean_se(gaps)),
+                    "energy of neighbours in their own three directions less that in another group's")]
+    sheets = [grid([caption(f"nearest in {s} to the framed picture", 24, 790),
+                    panel(pixels[nearest(spaces[s], [query], 8)[0]], pixels[query, None], side=256)], 1, 2)
+              for query, _ in two_groups(code, targets[0], 2) for s in ("φ", "pixels")]
+    study.figure("neighbours", grid(sheets, 2),
+                 "Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ "
+                 "(left) and of the pixels (right). Paper: the former share what they show.")
+    return dict(draw_subspaces(study, code, targets[0]), pool=len(chosen), chance=chance, nulls=nulls,
+                agreement={s: mean_se(v) for s, v in same.items()}, subspace_gap=gaps, claims=claims)
 
 
-def subspace_energy(a, b, own, k=3):
-    """Share of ‖a‖² of rows a (m, d) in the span of the k first singular vectors of b; `own`: less itself."""
-    shares = []
-    for i, v in enumerate(a.double()):
-        rest = torch.cat([b[:i], b[i + 1:]]) if own else b
-        basis = torch.linalg.svd(rest.double(), full_matrices=False)[2][:k]
-        shares.append(float((basis @ v).square().sum() / v.square().sum()))
-    return float(np.mean(shares))
+def draw_subspaces(study, code, target):
+    """Fig. 5, middle and right: three components of φ for two groups of neighbours; returns both."""
+    members, (special, common) = two_groups(code, target, min(24, len(code) // 3)), study.channels()
+    scaled = code / code.square().mean(0).sqrt().clamp(min=1e-12)
+    contrast = (scaled[members[0]].mean(0) - scaled[members[1]].mean(0)).numpy()[special]
+    axes = [int(special[contrast.argmax()]), int(special[contrast.argmin()]), int(common[-1])]
+    groups = [code[rows][:, axes] for rows in members]
+    names = [f"φ[{c}], {kind}" for c, kind in zip(axes, ("specialised", "specialised", "common"))]
+    plots = [plot((530, 480), [dots(g[:, i], g[:, j], label) for g, label in
+                               zip(groups, ("first group", "second group"))], names[i], names[j])
+             for i, j in ((0, 1), (0, 2), (1, 2))]
+    study.figure("subspaces", grid(plots, 3, 5),
+                 "Fig. 5. Three components of φ for two groups of neighbours. Paper: either group leaves one "
+                 "specialised channel (nearly) at zero: a union of planes.")
+    return dict(components=axes, phi_components=groups)
 
 
 # §2.5, Emergent clusters (Fig. 6, 15, 16)
 
-def separation(a, b):
-    """Distance of the means of a (n, d) and b (m, d), and √(mean variance along the line that joins them)."""
-    u = (a.mean(0) - b.mean(0)).double()
-    distance = u.norm()
-    u = u / distance.clamp(min=1e-300)
-    variance = ((a.double() @ u).var() + (b.double() @ u).var()) / 2
-    return float(distance), float(variance.sqrt())
+def spaced(code, labels, rng):
+    """`pair_separations`, (pairs, 2), and their ratios; a single NaN if there are no two groups of five."""
+    try:
+        pairs = pair_separations(code, labels, rng)
+    except ValueError:
+        pairs = np.array([[math.nan, 1.0]])
+    return pairs, pairs[:, 0] / pairs[:, 1].clip(1e-12)
 
 
-def pair_separations(code, labels, rng, pairs=100, least=5):
-    """`separation` of random pairs of groups of `least` points or more: (pairs, 2). Skip if there is none."""
-    sizes = np.bincount(labels[labels >= 0])
-    groups = np.flatnonzero(sizes >= least)
-    if len(groups) < 2:
-        raise Skip(f"fewer than two groups of {least} pictures; --images or --clusters can change that")
-    every = np.array([(a, b) for k, a in enumerate(groups) for b in groups[k + 1:]])
-    chosen = every[rng.permutation(len(every))[:pairs]]
-    return np.array([separation(code[labels == a], code[labels == b]) for a, b in chosen])
+def clustering(study, phis, K, truth):
+    """What the claims on clusters need, of one {σ: φ}, ours or a null's; three restarts of K-means each.
 
-
-def tsne(x, perplexity=30.0, iterations=750):
-    """Exact t-SNE (van der Maaten & Hinton 2008) of x (n, d) -> (n, 2), n ≤ 2000 or so; deterministic.
-
-    It starts from the two first principal components, their signs fixed by the largest entry, so that a
-    rotation of x changes nothing. Gains, momentum and early exaggeration as in the authors' implementation.
+    labels: (n,). Distance / SD: ratio, of pairs of clusters, (mean, error); least of them; classes, of pairs
+    of classes; lead, ratio less classes. Adjusted Rand indices, (mean, error) over two seeds: sigma, to the
+    clusters at the next σ; start, of a start from class centroids to random ones. Between two seeds: seeds,
+    start_seeds. start_classes: of the start from class centroids, to the classes themselves.
     """
-    x = x.double()
-    n = len(x)
-    d2 = torch.cdist(x, x).square()
-    low, high = torch.full((n, 1), -50.0, dtype=x.dtype), torch.full((n, 1), 50.0, dtype=x.dtype)
-    d2 = d2 / d2.mean().clamp(min=1e-300)
-    off = d2.masked_fill(torch.eye(n, dtype=torch.bool), math.inf)
-    goal = math.log(min(perplexity, (n - 1) / 3))
-    for _ in range(60):                                    # log β: the entropy of p(j | i) is log perplexity
-        beta = (low + high) / 2
-        p = torch.softmax(-off * beta.exp(), 1)
-        wide = -(p * p.clamp(min=1e-300).log()).sum(1, keepdim=True) > goal
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-    p = ((p + p.T) / (2 * n)).clamp(min=1e-12).float()
-    y = principal_components(x, 2)
-    y = y * y.gather(0, y.abs().argmax(0, keepdim=True)).sign()
-    y = 1e-4 * y / y[:, 0].std().clamp(min=1e-12)
-    velocity, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50.0)
-    for t in range(iterations):
-        q = 1 / (1 + torch.cdist(y, y).square())
-        q.fill_diagonal_(0)
-        force = ((12 if t < 250 else 1) * p - q / q.sum()) * q                 # (n, n)
-        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
-        gain = torch.where(gradient * velocity > 0, gain * 0.8, gain + 0.2).clamp(min=0.01)
-        velocity = (0.5 if t < 250 else 0.8) * velocity - rate * gain * gradient
-        y = y + velocity
-        y = y - y.mean(0)
-    return y
-
-
-def gaussian_like(code, seed):
-    """A Gaussian sample with the mean and covariance of code (n, d): as many points, no other structure."""
-    code = code.double()
-    values, vectors = torch.linalg.eigh(torch.cov(code.T))
-    z = torch.randn(code.shape, generator=seeded("cpu", seed, 18), dtype=code.dtype)
-    return (code.mean(0) + (z * values.clamp(min=0).sqrt()) @ vectors.T).float()
-
-
-def clusters(study, out):
-    """Fig. 6, 15, 16: K-means on φ; how far apart clusters are, beside classes and a structureless control.
-
-    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Control: K-means makes
-    separated clusters of anything, so it also runs on a Gaussian with φ's mean and covariance. Restarts as
-    in the paper (10); other seeds and other σ are compared by the adjusted Rand index.
-    """
-    code, n, rng = study.phi[study.sigma], len(study.rows), np.random.default_rng((study.seed, 19))
-    K = study.clusters or max(2, min(100, n // 20))
-    if K > n:
-        raise Skip(f"{n} pictures cannot make {K} clusters; give a smaller --clusters or more --images")
     device = study.device if torch.device(study.device).type == "cuda" else "cpu"
-    fit = lambda points, seed, init="k-means++": KMeans(len(init) if torch.is_tensor(init) else K, init=init,
-                                                        seed=seed, device=device).fit(points)
-    tick, found = ticker("clusters", 3 + len(study.sigmas), "fits"), []
-    for i, (points, seed) in enumerate([(code, study.seed), (gaussian_like(code, study.seed), study.seed)]
-                                       + [(code, study.seed + s) for s in (1, 2)]
-                                       + [(study.phi[s], study.seed) for s in study.sigmas[1:]]):
-        found.append((points, fit(points, seed)))
-        tick(i + 1)
-    labels = found[0][1].labels_.cpu().numpy()
-    ari = lambda other: adjusted_rand_index(labels, other[1].labels_.cpu().numpy())
-    pairs = {"clusters": pair_separations(code, labels, rng),
-             "Gaussian control": pair_separations(found[1][0], found[1][1].labels_.cpu().numpy(), rng)}
-    numbers = dict(clusters=K, pictures=n, sizes=np.bincount(labels, minlength=K), labels=labels,
-                   rand_index_seeds=[ari(f) for f in found[2:4]],
-                   rand_index_sigma={f"{s:g}": ari(f) for s, f in zip(study.sigmas[1:], found[4:])})
-    known, maps = study.labels >= 0, {"clusters": labels}
-    if len(np.unique(study.labels[known])) > 1:
-        truth = np.where(known, np.unique(study.labels, return_inverse=True)[1] - int((~known).any()), -1)
-        with contextlib.suppress(Skip):        # fewer than two classes of five pictures
-            pairs["classes"], maps["classes"] = pair_separations(code, truth, rng), truth
-        centroids = torch.stack([code[truth == c].mean(0) for c in range(truth.max() + 1)])
-        moved = fit(code, study.seed, centroids).labels_.cpu().numpy()
-        numbers |= dict(purity=purity(labels[known], truth[known]),
-                        nmi=normalised_mutual_information(labels[known], truth[known]),
-                        from_classes=dict(nmi=normalised_mutual_information(moved[known], truth[known]),
-                                          rand_index_classes=adjusted_rand_index(moved[known], truth[known]),
-                                          rand_index_random_start=adjusted_rand_index(moved, labels),
-                                          stayed=float((moved == truth)[known].mean())))
-        with contextlib.suppress(Skip):
-            own = pair_separations(code, moved, rng)
-            numbers["from_classes"]["separation_mean"] = float((own[:, 0] / own[:, 1].clip(1e-12)).mean())
-    ratio = {name: v[:, 0] / v[:, 1].clip(1e-12) for name, v in pairs.items()}
-    numbers |= dict(separation={name: dict(distance=v[:, 0], sd=v[:, 1], ratio=mean_se(ratio[name]),
-                                           least=ratio[name].min(), above_2=float((ratio[name] > 2).mean()))
-                                for name, v in pairs.items()})
-    largest = np.concatenate(list(pairs.values())).max(0)
-    plots = []
-    for (name, v), color in zip(pairs.items(), (BLUE, GRAY, ORANGE)):
-        p = Axes((530, 460), (0, 1.05 * largest[1]), (0, 1.05 * largest[0]), "SD along the line",
-                 "centroid distance", f"{name}: {ratio[name].mean():.1f} SD")
-        p.scatter(v[:, 1], v[:, 0], color)
-        p.line([0, largest[1]], [0, 2 * largest[1]], RED, "2 SD")
-        plots.append(p.image())
-    p = Axes((530, 460), (0, 1.02 * max(r.max() for r in ratio.values())), None, "distance / SD", "pairs")
-    for (name, r), color in zip(ratio.items(), (BLUE, GRAY, ORANGE)):
-        p.histogram(r, 30, color, name)
-    drawn = [p.image()]
-    for name, groups in maps.items():
-        big = np.flatnonzero(np.bincount(groups[groups >= 0]) >= 5)
-        seven = rng.permutation(big)[:7]
-        rows = np.flatnonzero(np.isin(groups, seven))[:2000]
-        y = tsne(code[rows])
-        numbers[f"tsne_{name}"] = dict(rows=rows, groups=groups[rows], y=y)
-        p = Axes((530, 460), limits(y[:, 0]), limits(y[:, 1]), title=f"t-SNE of {len(seven)} {name}")
-        for c, color in zip(seven, COLORS):
-            p.scatter(y[groups[rows] == c, 0], y[groups[rows] == c, 1], color)
-        drawn.append(p.image())
-    title = caption(f"{K} clusters of phi ({n} pictures, sigma = {study.sigma:g})")
-    save(stack([title, in_rows(plots), in_rows(drawn)]), out, "clusters")
-    shown = rng.permutation(np.flatnonzero(np.bincount(labels) >= 5))[:10]
-    members = [rng.permutation(np.flatnonzero(labels == c))[:11] for c in shown]
-    save(picture_rows([study.pictures(m) for m in members], [f"{c} ({(labels == c).sum()})" for c in shown],
-                      "Random members of ten clusters; cluster (pictures in it)"), out, "cluster-members")
-    return numbers
+    fit = lambda points, seed, K, init="k-means++": KMeans(
+        K, init=init, n_init=3, seed=study.seed + seed, device=device).fit(points).labels_.cpu().numpy()
+    code, ari = phis[study.sigma], adjusted_rand_index
+    labels, again = fit(code, 0, K), fit(code, 1, K)
+    ratio = spaced(code, labels, study.rng(19))[1]
+    out = dict(labels=labels, ratio=mean_se(ratio), least=ratio.min(), seeds=ari(labels, again),
+               classes=NOTHING, sigma=NOTHING, start=NOTHING, start_seeds=math.nan, start_classes=math.nan)
+    for other in (fit(v, 0, K) for v in list(phis.values())[1:2]):
+        out["sigma"] = mean_se([ari(labels, other), ari(again, other)])
+    if truth.max() > 0:
+        known, count = truth >= 0, truth.max() + 1
+        moved = fit(code, 0, count, torch.stack([code[truth == c].mean(0) for c in range(count)]))
+        one, two = fit(code, 2, count), fit(code, 3, count)
+        out |= dict(classes=mean_se(spaced(code, truth, study.rng(19))[1]), start_seeds=ari(one, two),
+                    start=mean_se([ari(moved, one), ari(moved, two)]),
+                    start_classes=ari(moved[known], truth[known]))
+    lead = np.subtract(out["ratio"], out["classes"])[0], math.hypot(out["ratio"][1], out["classes"][1])
+    return dict(out, lead=lead)
+
+
+@analysis(4, "clusters", "cluster-members")
+def clusters(study):
+    """Fig. 6, 15, 16: K-means on φ; how far apart clusters are, beside classes; how stable the clusters are.
+
+    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Ratio: distance of two
+    centroids over the SD along the line that joins them, up to 100 random pairs.
+    Nulls: all three, because K-means makes separated clusters of anything; rows of the Gaussian and shuffled
+    ones keep the labels, which then mean nothing. The Gaussian has no second σ.
+    """
+    n, known, done = len(study.x), study.labels >= 0, iter(range(1, 100))
+    K = study.clusters or max(2, min(100, n // 20))
+    if K > n // 2:
+        raise Skip(f"{n} pictures cannot make {K} clusters; give a smaller --clusters or more --images")
+    truth = np.full(n, -1)
+    truth[known] = np.unique(study.labels[known], return_inverse=True)[1]
+
+    def measure(phis):
+        study.progress(next(done) / (14 + len(study.untrained_phi)), f"K-means, K = {K}")
+        return clustering(study, phis, K, truth)
+
+    here, nulls = measure(study.phi), study.nulls(measure, "untrained", "shuffled", "Gaussian")
+
+    def judge(text, place, paper, key, over, effect, own, rule):
+        means = {name: [v[key][0] for v in values] for name, values in nulls.items()}
+        return study.claim(text, place, paper, here[key], over, means, 1, effect, own, rule)
+
+    seeds, start_seeds, classes = here["seeds"], here["start_seeds"], here["start_classes"]
+    least = lambda key, bound: None if math.isnan(here[key][0]) else bool(here[key][0] >= bound)
+    claims = [
+        judge("every pair of clusters is more than 2 SD apart", "Fig. 6", "all of 100 pairs", "ratio",
+              "pairs of clusters", 0.25, here["least"] > 2,
+              f"mean distance / SD; the least, {here['least']:.1f}, above 2"),
+        judge("clusters are farther apart than classes", "Fig. 6", "substantially", "lead", "pairs", 0.25,
+              beyond(here["lead"]), f"mean distance / SD less that of classes, {here['classes'][0]:.2f}"),
+        judge("other σ give similar clusters", "App. B.3", "similar", "sigma", "two seeds", 0.05,
+              least("sigma", seeds - 0.1),
+              f"Rand index to the next σ; at least that between seeds, {seeds:.2f}, less 0.1"),
+        judge("a start from class centroids gives similar clusters", "App. B.3", "similar", "start",
+              "two seeds", 0.05, least("start", max(start_seeds - 0.1, classes)),
+              f"Rand index to random starts; at least that between these, {start_seeds:.2f}, less 0.1, and "
+              f"that to the classes, {classes:.2f}")]
+    gauss, code = next(study.replicates("Gaussian"))[study.sigma], study.phi[study.sigma]
+    maps = draw_clusters(study, {"clusters": (code, here["labels"]), "Gaussian control": (
+        gauss, nulls["Gaussian"][0]["labels"]), "classes": (code, truth)})
+    return dict(here, **maps, clusters=K, pictures=n, sizes=np.bincount(here["labels"], minlength=K),
+                claims=claims)
+
+
+def draw_clusters(study, groups):
+    """Fig. 6, of {name: (φ (n, d), labels (n,))}: distances of pairs against SD, their ratio, t-SNE of seven
+    groups; members of ten clusters. Returns the t-SNEs."""
+    size, rng, labels, maps = (530, 440), study.rng(20), groups["clusters"][1], {}
+    found = {name: spaced(v, of, rng) for name, (v, of) in groups.items()}
+    found = {name: (*v, color) for (name, v), color in zip(found.items(), (BLUE, GRAY, ORANGE))
+             if np.isfinite(v[1]).all()}
+    top = 1.05 * np.concatenate([np.zeros((1, 2)), *(pairs for pairs, _, _ in found.values())]).max(0)
+    two = line([0, top[1]], [0, 2 * top[1]], "2 SD", RED)
+    plots = [plot(size, [dots(pairs[:, 1], pairs[:, 0], name, color), two], "SD along the line",
+                  "centroid distance", xlim=(0, top[1]), ylim=(0, top[0])) for name, (pairs, _, color) in
+             found.items()]
+    if found:
+        span = limits(np.concatenate([ratio for _, ratio, _ in found.values()]))
+        plots.append(plot(size, [bars(ratio, 30, span, name, color) for name, (_, ratio, color) in
+                                 found.items()], "distance / SD", "pairs"))
+    for name, (v, of) in groups.items():
+        seven = rng.permutation(np.flatnonzero(np.bincount(of[of >= 0], minlength=1) >= 5))[:7]
+        rows = np.flatnonzero(np.isin(of, seven))[:1000]
+        if name != "Gaussian control" and len(rows) > 3:
+            y = tsne(v[rows])
+            maps[f"tsne_{name}"] = dict(rows=rows, groups=of[rows], y=y)
+            plots.append(plot(size, [dots(*y[of[rows] == c].T) for c in seven],
+                              title=f"t-SNE of {len(seven)} {name}"))
+    study.figure("clusters", grid(plots or [caption("too few pictures for pairs of clusters")], 3, 5),
+                 "Fig. 6. Distance of two clusters' centres against their width along the line that joins "
+                 "them. Paper: all pairs of clusters lie above the line of 2 SD, classes overlap more.")
+    ten = rng.permutation(np.argsort(-np.bincount(labels))[:10])
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in ten]
+    rows = [(f"{c} ({len(m)})", study.pictures(m[:12])) for c, m in zip(ten, members)]
+    study.figure("cluster-members", picture_rows(rows, side=112),
+                 "Fig. 6, 15, 16. Random members of ten large clusters, one a row (how many there are). "
+                 "Paper: they share the gist of the scene, not the class.")
+    return maps
 
 
 # App. B.2, Channels (Fig. 13)
 
 @torch.no_grad()
-def map_statistics(study, chosen):
+def map_statistics(study, model, chosen):
     """Running sums over E_z[a_M(x + σz)], (m, d, h, w), at the study's σ: (spatial PR (d,), dimension (d,)).
 
     Spatial PR: over the h·w places of a map, averaged over pictures with weight φ[i], since the map of a
@@ -656,809 +742,643 @@ def map_statistics(study, chosen):
     """
     weight = weighted = total = second = 0
     for a in range(0, len(chosen), BATCH):
-        x = study.pictures(chosen[a:a + BATCH])
-        generator, maps = study.generator(20, a), 0
+        x, generator, maps = study.pictures(chosen[a:a + BATCH]), study.noise(20, a), 0
         for _ in range(study.draws):
             z = torch.randn(x.shape, generator=generator, device=x.device)
-            maps = maps + study.model.encode(x + study.sigma * z)[0]
+            maps = maps + model.encode(x + study.sigma * z)[0]
         maps = (maps / study.draws).flatten(2).cpu().double()                  # (m, d, hw)
-        size = maps.mean(2)
+        size, total = maps.mean(2), total + maps.sum(0)
         weight = weight + size.sum(0)
         weighted = weighted + (size * participation_ratio(maps).nan_to_num()).sum(0)
-        total = total + maps.sum(0)
-        by_channel = maps.transpose(0, 1)                                      # (d, m, hw)
-        second = second + by_channel.mT @ by_channel
+        second = second + torch.einsum("mdp,mdq->dpq", maps, maps)
     mean = total / len(chosen)
-    covariance = second / len(chosen) - mean[:, :, None] * mean[:, None, :]    # (d, hw, hw)
+    covariance = second / len(chosen) - mean[:, :, None] * mean[:, None, :]
     trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
-    dimension = trace.square() / covariance.square().sum((1, 2))               # Σλ² is the squared norm
-    return (weighted / weight).numpy(), torch.where(trace > 1e-12, dimension, math.nan).numpy()
+    return (weighted / weight).numpy(), (trace.square() / covariance.square().sum((1, 2))).numpy()
 
 
-def gratings(size, channels, frequencies, orientations, phases=4):
-    """Sinusoidal gratings 0.5 + 0.5 cos: (frequencies, orientations, phases, channels, size, size).
-
-    frequencies in cycles a picture; orientations in radians.
-    """
-    grid = (torch.arange(size) + 0.5) / size
-    f = torch.as_tensor(frequencies, dtype=torch.float32).view(-1, 1, 1, 1, 1)
-    angle = torch.as_tensor(orientations, dtype=torch.float32).view(1, -1, 1, 1, 1)
-    turn = 2 * math.pi * torch.arange(phases).view(1, 1, -1, 1, 1) / phases
-    wave = 0.5 + 0.5 * torch.cos(2 * math.pi * f * (grid * angle.cos() + grid[:, None] * angle.sin()) + turn)
+def gratings(size, channels, frequencies, angles, phases=4):
+    """Sinusoids around 0.5: (frequencies, orientations, phases, channels, size, size); cycles a picture."""
+    place = (torch.arange(size) + 0.5) / size
+    f, angle = (torch.as_tensor(np.asarray(v), dtype=torch.float32) for v in (frequencies, angles))
+    along = angle.cos()[:, None, None] * place + angle.sin()[:, None, None] * place[:, None]
+    turn = 2 * math.pi * torch.arange(phases) / phases
+    wave = 0.5 + 0.5 * torch.sin(2 * math.pi * f[:, None, None, None, None] * along[None, :, None]
+                                 + turn[:, None, None])
     return wave[:, :, :, None].expand(-1, -1, -1, channels, -1, -1)
 
 
-def tuning(study, n_frequencies=8, n_orientations=8):
-    """Mean φ over the phases of each grating: (d, frequencies, orientations), and the frequencies."""
-    size = study.checkpoint["size"]
-    frequencies = np.geomspace(1, size / 3, n_frequencies)
-    angles = np.arange(n_orientations) * math.pi / n_orientations
-    bank = gratings(size, study.model.channels, frequencies, angles)
-    flat = bank.flatten(0, 2).to(study.device)
-    code = torch.cat([phi(study.model, part, study.sigma, study.draws, study.generator(21, k))
-                      for k, part in enumerate(flat.split(BATCH))])
-    return code.cpu().view(*bank.shape[:3], -1).mean(2).permute(2, 0, 1).numpy(), frequencies
+def tuning(study, model, count=8):
+    """Mean φ over the phases of each grating less φ of a gray field: (d, frequencies, orientations)."""
+    frequencies = np.geomspace(1, study.checkpoint["size"] / 3, count)
+    bank = gratings(study.checkpoint["size"], model.channels, frequencies, np.arange(count) * math.pi / count)
+    flat = torch.cat([bank.flatten(0, 2), torch.full((8, *bank.shape[3:]), 0.5)]).to(study.device)
+    code = torch.cat([phi(model, part, study.sigma, study.draws, study.noise(21, k))
+                      for k, part in enumerate(flat.split(BATCH))]).cpu()
+    response = code[:-8].view(*bank.shape[:3], -1).mean(2) - code[-8:].mean(0)
+    return response.permute(2, 0, 1).numpy()
 
 
-def channels(study, out):
-    """Fig. 13: what selectivity (PR over the data set) goes with, channel by channel, and rank correlations.
-
-    Tails: kurtosis of φ[i] over pictures. Spatial sparsity and PCA dimension: `map_statistics`. Tuning: the
-    share of a bank of gratings (8 frequencies, 8 orientations) that drive the channel above half its maximum.
-    Stability: mean cosine, over the other σ asked for, between (φ(x₁)[i] … φ(x_n)[i]) there and at the main σ
-    (what the paper measures for blocks); `stability_centred` is the same after subtracting the means, since
-    any channel with a large mean has a large cosine.
+def channel_properties(study, model, phis, chosen):
+    """Of every channel, (d,) each: pr of every second picture; kurtosis of the others; spatial_pr and
+    pca_dimension (`map_statistics`); tuning: the share of 64 gratings that raise it above a gray field's
+    value by more than half of what the best one does; stability: the correlation over pictures of its values
+    at σ and at the next σ.
     """
-    need_channels(study)
-    pr, code = study.selectivity, study.phi[study.sigma].double()
-    spatial, dimension = map_statistics(study, study.choose(1000, 22))
-    response, frequencies = tuning(study)
-    others = [study.phi[s].double() for s in study.sigmas if s != study.sigma and s > 0]
-    cosine = lambda u, v: F.cosine_similarity(u, v, dim=0).numpy()
-    each = dict(kurtosis=kurtosis(code).numpy(), spatial_pr=spatial, pca_dimension=dimension,
-                tuning=(response > response.max((1, 2), keepdims=True) / 2).mean((1, 2)))
-    if others:
-        centred = [cosine(code - code.mean(0), o - o.mean(0)) for o in others]
-        each |= dict(stability=np.mean([cosine(code, o) for o in others], 0),
-                     stability_centred=np.mean(centred, 0))
-    alive = int(np.isfinite(pr).sum())
-    numbers = dict(pr=pr, **each, channels=alive, frequencies=frequencies, grating_response=response,
-                   rank_correlation={name: rank_correlation(pr, v) for name, v in each.items()},
-                   chance=2 / math.sqrt(max(alive - 1, 1)))
-    special, common = study.channels()
-    rows = []
-    for name, group, color in ("specialised", special[:4], ORANGE), ("common", common[::-1][:4], BLUE):
-        cells = []
-        for c in group:
-            p = Axes((395, 320), None, None, "phi[i]", "pictures", f"{name} {c}, PR {pr[c]:.2g}")
-            p.histogram(code[:, c].numpy(), 40, color)
-            cells.append(p.image())
-        rows.append(in_rows(cells, 4))
-    titles = dict(kurtosis="kurtosis", spatial_pr="spatial PR", pca_dimension="PCA dimension of the maps",
-                  tuning="share of gratings", stability="cosine across sigma",
-                  stability_centred="the same, centred")
-    plots = []
-    for name, v in each.items():
-        ok = np.isfinite(v) & np.isfinite(pr)
-        log = name == "kurtosis"
-        p = Axes((530, 420), (0, 1), limits(v[ok], log), "PR over the pictures", titles[name],
-                 f"rank correlation {numbers['rank_correlation'][name]:.2f}", ylog=log)
-        p.scatter(pr[ok], v[ok], BLUE)
-        plots.append(p.image())
-    save(stack([caption("Channels of phi: marginals, and what goes with selectivity"), *rows,
-                in_rows(plots)]), out, "channels")
-    return numbers
+    code, response = phis[study.sigma].double(), tuning(study, model).clip(0)
+    spatial, dimension = map_statistics(study, model, chosen)
+    best = response.max((1, 2), keepdims=True)
+    out = dict(pr=participation_ratio(code[::2], 0).numpy(), kurtosis=kurtosis(code[1::2]).numpy(),
+               spatial_pr=spatial, pca_dimension=dimension,
+               tuning=np.where(best[:, 0, 0] > 0, (response > best / 2).mean((1, 2)), math.nan))
+    for other in (v.double() for v in list(phis.values())[1:2]):
+        cos = F.cosine_similarity(code - code.mean(0), other - other.mean(0), dim=0)
+        out["stability"] = np.where((code.std(0) > 0) & (other.std(0) > 0), cos, math.nan)
+    return out
+
+
+def tails(pr, kurtosis):
+    """(median |kurtosis − 3| of the common channels, that of the specialised ones less it)."""
+    ok = np.isfinite(pr) & np.isfinite(kurtosis)
+    pr, away = pr[ok], abs(kurtosis[ok] - 3)
+    low = pr < otsu(pr) if len(pr) > 3 else np.zeros(len(pr), bool)
+    if low.all() or not low.any():
+        return NOTHING
+    return float(np.median(away[~low])), float(np.median(away[low]) - np.median(away[~low]))
+
+
+@analysis(11, "channels")
+def channels(study):
+    """Fig. 13: what selectivity (PR over the pictures) goes with, channel by channel: rank correlations.
+
+    The properties: `channel_properties`; errors: bootstrap over channels. PR and kurtosis come from different
+    pictures, because both are made by the same few values.
+    Nulls: the untrained network, whose maps, tuning and stability go with PR as well. Shuffling changes no
+    channel's values and no map, a Gaussian has no maps and kurtosis 3: they do not apply.
+    """
+    chosen, every = study.choose(500, 22), []
+    for k, (model, phis) in enumerate([(study.model, study.phi), *zip(study.untrained, study.untrained_phi)]):
+        study.progress((k + 0.3) / (1 + len(study.untrained)), f"network {k + 1}")
+        every.append(channel_properties(study, model, phis, chosen))
+    found, *untrained = every
+    correlation = {k: bootstrap(found["pr"], v, study.rng(23)) for k, v in found.items() if k != "pr"}
+    chance = 2 / math.sqrt(max(np.isfinite(found["pr"]).sum() - 1, 1))
+
+    def goes(text, place, paper, name, sign):
+        rho, sd, low, high = correlation.get(name, 2 * NOTHING)
+        nulls = [rank_correlation(v["pr"], v[name]) for v in untrained if name in v]
+        return study.claim(
+            text, place, paper, (rho, sd), "channels", dict(untrained=nulls), sign, 0.1,
+            sign * rho > chance if math.isfinite(rho) else None,
+            f"rank correlation with PR, 95 % in [{low:.2f}, {high:.2f}], beyond chance, {chance:.2f}")
+
+    (near, contrast), *contrasts = (tails(v["pr"], v["kurtosis"]) for v in every)
+    contrasts = [v[1] for v in contrasts]
+    samples = study.rng(24).integers(len(found["pr"]), size=(100, len(found["pr"])))
+    known, spread = math.isfinite(contrast), [tails(found["pr"][i], found["kurtosis"][i])[1] for i in samples]
+    further = (contrast, np.nanstd(spread) if known else math.nan)
+    claims = [
+        goes("specialised channels have heavier tails", "Fig. 13", "heavy tails", "kurtosis", -1),
+        study.claim("… and common channels are near-Gaussian", "Fig. 13, App. B.2", "closer to Gaussian",
+                    further, "channels", dict(untrained=contrasts), 1, 0.5,
+                    near < 1 and beyond(further) if known else None,
+                    f"median |kurtosis − 3| is {near:.2f} for common channels (below 1), and by how much "
+                    "more for specialised ones"),
+        goes("specialised channels are sparser in space", "Fig. 13", "sparse", "spatial_pr", 1),
+        goes("… and their maps have fewer dimensions", "Fig. 13", "few", "pca_dimension", 1),
+        goes("common channels are broadly tuned", "§2.4", "larger set", "tuning", 1),
+        goes("common channels are the most stable to σ", "§2.4", "most stable", "stability", 1)]
+    draw_channels(study, found, correlation)
+    return dict(found, chance=chance, rank_correlation=correlation, claims=claims)
+
+
+def draw_channels(study, found, correlation):
+    """Fig. 13: marginals of four specialised and four common channels; every property against PR."""
+    code, pr, (special, common) = study.phi[study.sigma].numpy(), found["pr"], study.channels()
+    marginals = [plot((395, 300), [bars(code[:, c], 40, color=color)], f"φ[{c}]", "pictures",
+                      f"{name}, PR {study.selectivity[c]:.2g}") for name, group, color in
+                 (("specialised", special[:4], ORANGE), ("common", common[::-1][:4], BLUE)) for c in group]
+    titles = dict(kurtosis="kurtosis", spatial_pr="spatial PR of the maps", stability="correlation across σ",
+                  pca_dimension="PCA dimension of the maps", tuning="share of gratings")
+    plots = [plot((530, 400), [bars(pr, 30)], "PR over the pictures", "channels", f"{len(pr)} channels")]
+    plots += [plot((530, 400), [dots(np.where(np.isfinite(found[k]), pr, math.nan), found[k])],
+                   "PR over the pictures", titles[k], f"rank correlation {rho:.2f}", log="y" * (
+                       k == "kurtosis")) for k, (rho, *_) in correlation.items()]
+    study.figure("channels", grid([grid(marginals, 4, 5), grid(plots, 3, 5)], 1),
+                 "Fig. 13. Values of eight channels; properties of all against PR. Paper: specialised ones "
+                 "have heavy tails, are sparse in space and of few dimensions; common ones respond to more.")
 
 
 # §3, Conditional densities (Fig. 8, 14 right, 21)
 
-def embedding(study, out, draws=2):
-    """Fig. 8, 21: Eq. 4, d²(p₁, p₂), against ‖φ₁ − φ₂‖² for random pairs; A and B of inequality (3).
+@analysis(20, "embedding", "scores")
+def embedding(study, draws=8):
+    """Fig. 8, 21: Eq. 4, d²(p₁, p₂) in nats, against ‖φ₁ − φ₂‖² for random pairs; inequality (3).
 
-    A and B are the least and the largest ratio d²/‖φ₁ − φ₂‖², φ at the study's σ. The integral runs over 5
-    geometric σ from 0.2 to the largest in training, with `draws` pictures of each density and 60 gradients to
-    match each. Below 0.2 the integrand would grow as σ⁻³ or so, and most pictures cannot be matched:
-    `matched` says which share could. `rank_correlation_sigma`: of the integrand at each σ alone.
+    The integral runs over 5 geometric σ from 0.2 to σ_max, as part of the definition: towards 0 it diverges.
+    A, B: least and largest d²/‖φ₁ − φ₂‖², which grow apart with the number of pairs: so percentiles as well.
+    Nulls: does another φ, the untrained network's or shuffled, predict the same d²? (The untrained network's
+    own d² is 0: its x̂ is the mean colour whatever its φ.) A Gaussian's rows belong to no picture.
     """
-    if len(study.rows) < 4:
-        raise Skip("fewer than four pictures")
-    rng = np.random.default_rng((study.seed, 23))
-    chosen = rng.permutation(len(study.rows))[:2 * study.pairs]
-    chosen = chosen[:len(chosen) // 2 * 2].reshape(-1, 2)
-    sigmas = np.geomspace(0.2, max(study.checkpoint["sigma_max"], 0.3), 5)
-    code, tick, values = study.phi[study.sigma].double(), ticker("embedding", len(chosen), "pairs"), []
-    for k, (a, b) in enumerate(chosen):
-        x1, x2 = study.pictures([a, b])
-        values.append(conditional_distance(study.model, x1, x2, sigmas, draws, study.draws,
-                                           study.generator(24, k), max_iters=60))
-        tick(k + 1)
-    d2, error = np.array([v[0] for v in values]), np.array([v[1] for v in values])
-    square = (code[chosen[:, 0]] - code[chosen[:, 1]]).square().sum(1).numpy()
-    ratio, integrand = d2 / square, torch.stack([v[2] for v in values]).numpy()
-    numbers = dict(pairs=chosen, sigmas=sigmas, kl=d2, kl_error=error, phi_squared_distance=square,
-                   integrand=integrand, matched=torch.stack([v[3] for v in values]).mean(0),
-                   rank_correlation_sigma=[rank_correlation(square, v) for v in integrand.T],
-                   A=ratio.min(), B=ratio.max(), B_over_A=ratio.max() / ratio.min(),
-                   rank_correlation=rank_correlation(square, d2),
-                   ratio_sd=float(np.std(ratio) / np.mean(ratio)), chance=2 / math.sqrt(max(len(d2) - 1, 1)))
-    p = Axes((1600, 800), (0, 1.05 * square.max()), (0, 1.1 * (d2 + error).max()),
-             "squared distance of phi", "symmetrised KL (nats), Eq. 4",
-             f"{len(d2)} pairs: rank correlation {numbers['rank_correlation']:.2f}, B/A = "
-             f"{numbers['B_over_A']:.1f}; {numbers['matched'].mean():.0%} of the matchings converged")
-    p.line([0, square.max()], [0, numbers["A"] * square.max()], GREEN, "A")
-    p.line([0, square.max()], [0, numbers["B"] * square.max()], RED, "B")
-    for s, v, e in zip(square, d2, error):
-        p.line([s, s], [v - e, v + e], BLUE)
-    p.scatter(square, d2, BLUE, "pairs; bar: one standard error")
-    save(p.image(), out, "embedding")
-    conditional_scores(study, chosen[int(np.argsort(square)[len(square) // 2])], out)
+    n = min(study.pairs, len(study.x) // 2)
+    pairs, values = study.choose(2 * n, 23).reshape(-1, 2), []
+    sigmas = np.geomspace(min(0.2, study.sigma_max / 3), study.sigma_max, 5)
+    for k, pair in enumerate(pairs):
+        values.append(conditional_distance(study.model, *study.pictures(pair), sigmas, draws, study.draws,
+                                           study.noise(24, k), max_iters=60))
+        study.progress((k + 1) / n, f"Eq. 4, pair {k + 1} of {n}")
+    d2, error, integrand, matched = (np.array([np.asarray(v, float) for v in part]) for part in zip(*values))
+    square = lambda code: (code[pairs[:, 0]] - code[pairs[:, 1]]).double().square().sum(1).numpy().clip(1e-30)
+    span = lambda ratio: float(np.log(ratio.max() / ratio.min())) if ratio.min() > 0 else math.nan
+    here = square(study.phi[study.sigma])
+    ratio, (rho, sd, low, high) = d2 / here, bootstrap(here, d2, study.rng(25))
+    spread = np.std([span(ratio[i]) for i in study.rng(26).integers(n, size=(200, n))])
+    largest, percentiles = math.exp(span(ratio)), np.divide(*np.quantile(ratio, [0.95, 0.05]))
+    claims = [
+        study.claim("distance of φ strongly predicts the distance of densities", "Fig. 8", "strongly",
+                    (rho, sd), "pairs", study.nulls(lambda v: rank_correlation(square(v[study.sigma]), d2),
+                                                    "untrained", "shuffled"), 1, 0.1,
+                    rho > 0.5 and low > 0 if math.isfinite(sd) else None,
+                    f"rank correlation of {n} pairs, above 0.5; 95 % in [{low:.2f}, {high:.2f}]; "
+                    f"{matched.mean():.0%} of the y could be matched"),
+        study.claim("embedding inequality (3) with B/A = 2.9", "Fig. 8", "log 2.9 = 1.06",
+                    (span(ratio), spread), "pairs", study.nulls(lambda v: span(d2 / square(v[study.sigma])),
+                                                                "untrained", "shuffled"), -1, 0.2,
+                    largest <= 2.9, f"log B/A; B/A = {largest:.1f} over {n} pairs, 95th over 5th percentile "
+                    f"{percentiles:.1f}")]
+    numbers = dict(pairs=pairs, sigmas=sigmas, kl=d2, kl_error=error, phi_squared_distance=here,
+                   interval=[low, high], matched=matched.mean(0), integrand=integrand, rank_correlation=rho,
+                   A=ratio.min(), B=ratio.max(), B_over_A=largest, percentiles=percentiles, claims=claims)
+    draw_embedding(study, numbers)
+    draw_scores(study, pairs[int(np.argsort(here)[n // 2])])
     return numbers
+
+
+def draw_embedding(study, numbers):
+    """Fig. 8: d² against ‖φ₁ − φ₂‖², with the lines of A and B."""
+    here, d2 = numbers["phi_squared_distance"], numbers["kl"]
+    ends = np.array(limits(here, True))
+    marks = [dots(here, d2, "pairs; bar: one standard error", BLUE, 7),
+             *(line([s, s], [max(v - e, v / 100), v + e], None, BLUE, width=3)
+               for s, v, e in zip(here, d2, numbers["kl_error"])),
+             *(line(ends, numbers[k] * ends, k, color) for k, color in (("A", GREEN), ("B", RED)))]
+    image = plot((1600, 800), marks, "‖φ₁ − φ₂‖²", "symmetrised KL (nats), Eq. 4", log="xy")
+    study.figure("embedding", image, "Fig. 8. How different the pictures that share φ₁ are from those that "
+                 f"share φ₂. B/A = {numbers['B_over_A']:.1f}. Paper: a narrow band, B/A = 2.9.")
 
 
 @torch.no_grad()
-def conditional_scores(study, pair, out):
+def draw_scores(study, pair):
     """Fig. 21: at one x_σ, σ²·score given φ₁ and given φ₂ (x̂ after matching, − x_σ); difference."""
-    x1, x2 = study.pictures(pair)
-    z = torch.randn(x1.shape, generator=study.generator(25), device=x1.device)
-    rows, names = [torch.stack([x1, x2])], ["x1, x2"]
-    for k, sigma in enumerate((0.1, 0.2, 0.4, 0.7, 1.0)):
-        y = (x1 + sigma * z)[None]
-        x_hat = []
-        for x in x1, x2:
-            generator = study.generator(26, k)
-            phi_c = target_phi(study.model, x[None], draws=study.draws, generator=generator)(sigma)
-            x_hat.append(study.model.denoise(guidance_step(study.model, y, phi_c)[0]))
-        scores = [0.5 + (v - y) / (6 * sigma) for v in x_hat]                  # ± 3 σ is black … white
-        rows.append(torch.cat([y, *scores, *x_hat, 0.5 + (x_hat[0] - x_hat[1]) / 2]))
-        names.append(f"sigma {sigma:g}")
-    title = "Noisy x1; score given phi1, given phi2; denoised by each; half their difference"
-    save(picture_rows(rows, names, title, side=224), out, "scores")
+    x = study.pictures(pair)
+    z = torch.randn(x[0].shape, generator=study.noise(25), device=x.device)
+    rows = [("x₁, x₂", x)]
+    for k, sigma in enumerate(s for s in (0.1, 0.2, 0.4, 0.7, 1.0) if s <= max(0.1, study.sigma_max)):
+        y = x[:1] + sigma * z
+        phi_c = phi(study.model, x, sigma, study.draws, study.noise(26, k))
+        x_hat = study.model.denoise(guidance_step(study.model, y.repeat(2, 1, 1, 1), phi_c)[0])
+        scores = 0.5 + (x_hat - y) / (6 * sigma)                               # ± 3 σ is black … white
+        rows.append((f"σ {sigma:g}", torch.cat([y, scores, x_hat, 0.5 + (x_hat[:1] - x_hat[1:]) / 2])))
+    study.figure("scores", picture_rows(rows, side=224),
+                 "Fig. 21. Noisy x₁; the score given φ₁, given φ₂; denoised given φ₁, given φ₂; half the "
+                 "difference. Paper: the scores differ where the pictures do.")
 
 
-def run_algorithm_1(study, x, samples, word, report):
-    """Algorithm 1 with sample.py's defaults: `samples` for each picture x (k, C, H, W), in this order."""
-    targets = [target_phi(study.model, v[None], generator=study.generator(word, 1, j))
-               for j, v in enumerate(x)]
-    sigmas = np.linspace(study.checkpoint["sigma_max"], 0.03, study.steps).tolist()
-    generators = [seeded("cpu", study.seed, word, 2, i) for i in range(samples * len(x))]
-    condition = lambda s: torch.cat([t(s) for t in targets]).repeat_interleave(samples, 0)
-    return reconstruct(study.model, condition, study.mean, sigmas, x.shape[1:], generators, report=report)
+class Borrowed:
+    """A denoiser told φ by another network: `encode`, and so φ and Algorithm 2, are the other's."""
+
+    def __init__(self, denoiser, encoder):
+        self.denoiser, self.encode = denoiser, encoder.encode
+
+    def __getattr__(self, name):
+        return getattr(self.denoiser, name)
 
 
-def matching(study, out, m=24):
-    """Fig. 20: σ̂ = ‖s‖/√n before and after each matching step of Algorithm 1; m pictures, a sample of each.
+def algorithm_1(study, model, x, samples, word, begin, end):
+    """sample.py's Algorithm 1 around each picture of x (k, C, H, W): ([samples (S, C, H, W)], levels)."""
+    sigmas = np.linspace(study.sigma_max, min(0.03, study.sigma_max / 10), study.steps).tolist()
+    return around(model, study.checkpoint, [(v[None], None) for v in x], samples, sigmas, study.seed + word,
+                  progress=lambda f, text: study.progress(begin + (end - begin) * f, f"Algorithm 1, {text}"))
 
-    `layout_own`, `layout_other`: correlation of the sample's pixels with its target's and with those of the
-    other targets, each picture less its mean colour.
+
+@torch.no_grad()
+def match_noisy(study, x, sigmas):
+    """Fig. 20: pictures x with noise σ are given the φ of the picture before them. σ̂ = ‖s‖/√n before, after
+    Algorithm 2, and after a step as long in a random direction instead: (3, len(sigmas), n)."""
+    found, size = [], lambda v: v.square().mean((1, 2, 3), keepdim=True).sqrt()
+    for k, sigma in enumerate(sigmas):
+        z, step = (torch.randn(x.shape, generator=study.noise(28, k, i), device=x.device) for i in (0, 1))
+        y, phi_c = x + sigma * z, phi(study.model, x, sigma, study.draws, study.noise(29, k)).roll(1, 0)
+        matched = guidance_step(study.model, y, phi_c)[0]
+        random = y + step / size(step) * size(matched - y)
+        found.append([noise_level(study.model.score(v)).cpu().numpy() for v in (y, matched, random)])
+    return np.array(found).transpose(1, 0, 2)
+
+
+@analysis(25, "matching")
+def matching(study, m=16):
+    """Fig. 20: σ̂ = ‖s‖/√n before and after matching, on noisy test pictures given another one's φ (as its
+    caption says) and inside Algorithm 1; and do samples share their target's layout (Fig. 7)?
+
+    Layout: the correlation of pixels less their mean colour with the own target, less that with the others.
+    Nulls. Layout: Algorithm 1 told the φ of an untrained network, three seeds, eight targets each. Noise
+    level: a random step as long as matching's; comparable only where one of the two steps changes σ̂.
     """
     x = study.pictures(study.choose(m, 27))
-    tick, levels = ticker("matching", study.steps, "noise levels"), []
+    sigmas = [s for s in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0) if s <= study.sigma_max] or [study.sigma_max]
+    before, after, random = match_noisy(study, x, sigmas)
+    samples, levels = algorithm_1(study, study.model, x, 1, 27, 0, 0.4)
+    inside = [np.array([v[key].cpu().numpy() for v in levels]) for key in ("sigma_before", "sigma_after")]
+    high = [float(v["sigma"]) >= min(0.1, study.sigma_max) for v in levels]
 
-    def report(t, sigma, _, state):
-        levels.append((sigma, state["sigma_before"].cpu().numpy(), state["sigma_after"].cpu().numpy(),
-                       int((~state["converged"]).sum())))
-        tick(t + 1)
+    def layout(found):
+        cosine = (less_colour(torch.cat(found)) @ less_colour(x[:len(found)]).T).cpu().numpy()
+        own = cosine.diagonal()
+        return own - (cosine.sum(1) - own) / (len(found) - 1)
 
-    y = run_algorithm_1(study, x, 1, 27, report)
-    sigmas, before, after, missed = zip(*levels)
-    ratio = np.divide(after, before)
-    unit = [F.normalize((v - v.mean((2, 3), keepdim=True)).flatten(1), dim=1) for v in (y, x)]
-    layout = (unit[0] @ unit[1].T).cpu().numpy()                               # (samples, targets)
-    own = layout.diagonal()
-    other = (layout.sum(1) - own) / max(len(x) - 1, 1)
-    numbers = dict(pictures=len(x), sigmas=sigmas, before=np.array(before), after=np.array(after),
-                   missed=missed, median_ratio=np.median(ratio, 1), least_ratio=ratio.min(1),
-                   largest_ratio=ratio.max(1), layout_own=mean_se(own), layout_other=mean_se(other),
-                   layout_lead=mean_se(own - other))
-    both = np.concatenate([before, after])
-    span = 0.9 * both.min(), 1.1 * both.max()
-    p = Axes((1600, 800), span, span, "noise level before matching", "after matching",
-             f"Norm of the score over sqrt(n) in Algorithm 1, {len(x)} pictures, {len(sigmas)} noise levels",
-             True, True)
-    p.line(span, span, GRAY, "unchanged")
-    p.scatter(np.concatenate(before), np.concatenate(after), BLUE)
-    q = Axes((1600, 500), (min(sigmas), max(sigmas)), limits(ratio), "sigma of the schedule",
-             "after / before", xlog=True)
-    q.line(sigmas, numbers["median_ratio"], BLUE, "median; band: least to largest",
-           band=(numbers["least_ratio"], numbers["largest_ratio"]))
-    save(stack([p.image(), q.image()]), out, "matching")
-    return numbers
+    own, controls = layout(samples), []
+    for k, network in enumerate(study.untrained):
+        begin = 0.4 + 0.2 * k
+        controls.append(layout(algorithm_1(study, Borrowed(study.model, network), x[:8], 1, 27, begin,
+                                           begin + 0.2)[0]).mean())
+    change = {name: np.abs(np.median(b / a, 1) - 1) for name, a, b in (
+        ("noisy pictures", before, after), ("random step", before, random),
+        ("Algorithm 1", inside[0][high], inside[1][high]))}
+    worst = {name: float(v.max()) for name, v in change.items()}
+    largest = max(worst["noisy pictures"], worst["Algorithm 1"])
+    claims = [
+        study.claim("matching keeps the noise level", "Fig. 20", "unchanged", (largest, 0.0),
+                    "medians of pictures", {}, own=largest <= 0.05 if max(worst.values()) > 0.05 else None,
+                    rule="|after / before − 1| of ‖s‖/√n at most 0.05 at all σ ≥ 0.1: "
+                    + ", ".join(f"{v:.3f} ({name})" for name, v in worst.items())),
+        study.claim("samples share the target's layout", "Fig. 7", "picture", mean_se(own), "samples",
+                    dict(untrained=controls), 1, 0.05, beyond(mean_se(own)),
+                    "correlation of pixels with the own target less that with others")]
+    ends = np.array(limits(np.concatenate([v.ravel() for v in (before, after, *inside)]), True))
+    marks = [dots(*(v.ravel() for v in inside), "in Algorithm 1", ORANGE),
+             dots(before.ravel(), after.ravel(), "noisy pictures, another one's φ", BLUE),
+             line(ends, ends, "unchanged", GRAY)]
+    study.figure("matching", plot((1600, 800), marks, "σ̂ before matching", "σ̂ after matching", log="xy"),
+                 "Fig. 20. The noise that the network sees before and after Algorithm 2. Paper: the same.")
+    return dict(pictures=len(x), sigmas=sigmas, before=before, after=after, random=random, change=change,
+                algorithm_1=inside, algorithm_1_sigmas=[v["sigma"] for v in levels], layout=own,
+                layout_untrained=controls, claims=claims)
 
 
-def reconstruction(study, out, samples=8):
-    """Fig. 7, 19: eight samples around two pictures (Algorithm 1), and 16 unconditional samples.
-
-    Distances and correlations: as sample.py measures them.
+@analysis(14, "reconstruction", "unconditional")
+def reconstruction(study, samples=8):
+    """Fig. 7, 19: eight samples around two pictures (Algorithm 1), as many told the φ of an untrained
+    network, and 16 unconditional samples. It judges nothing: `matching` does.
     """
-    chosen = study.choose(2, 30)
-    x, tick = study.pictures(chosen), ticker("reconstruction", study.steps, "noise levels")
-    y = run_algorithm_1(study, x, samples, 31, lambda t, *_: tick(t + 1)).split(samples)
-    unrelated = study.pictures(study.choose(64, 33))
-    scale = None
-    if len(unrelated) > 1:
-        scale = torch.pdist(phi(study.model, unrelated, 0.3, 20, study.generator(33))).mean()
-    numbers = dict(targets=chosen, panels=[
-        similarities(study.model, mine, (v[None], None), scale) for v, mine in zip(x, y)])
+    x, sheets = study.pictures(study.choose(2, 30)), []
+    for begin, model, text in ((0, study.model, "told φ of the framed picture"), (
+            0.4, Borrowed(study.model, study.untrained[0]), "control: told φ of an untrained network")):
+        found = algorithm_1(study, model, x, samples, 31, begin, begin + 0.4)[0]
+        sheets += [grid([caption(text, 24, 790), panel(v, target[None], side=256)], 1, 2)
+                   for v, target in zip(found, x)]
     generators = [seeded("cpu", study.seed, 34, i) for i in range(16)]
-    free, steps = sample_unconditional(study.model, study.mean, x.shape[1:], generators,
-                                       study.checkpoint["sigma_max"])
-    numbers["unconditional_steps"] = steps
-    sheets = [panel(mine, v[None], side=256, gap=6) for v, mine in zip(x, y)]
-    save(stack([caption("Framed: the target; around it, samples told its phi"), in_rows(sheets)]), out,
-         "reconstruction")
-    save(stack([caption("Unconditional samples"), panel(free, side=390, gap=6)]), out, "unconditional")
-    return numbers
+    mean = torch.tensor(study.checkpoint["mean"], device=study.device)
+    free, steps = sample_unconditional(study.model, mean, x.shape[1:], generators, study.sigma_max,
+                                       min(0.04, study.sigma_max / 10))
+    study.figure("reconstruction", grid(sheets, 2),
+                 "Fig. 7, 17, 18. Samples of Algorithm 1 around their target (framed). Paper: they share its "
+                 "layout and local detail. The control: what a φ makes that has learnt nothing.")
+    study.figure("unconditional", panel(free, side=390), "Fig. 19. Samples without a target.")
+    return dict(unconditional_steps=steps)
 
 
 # Paper B, Fig. 1
 
-def denoising(study, out, most=512, parts=8):
-    """Paper B, Fig. 1: PSNR of the output against PSNR of the input, training and held-out pictures.
+@analysis(5, "denoising")
+def denoising(study, parts=8):
+    """Paper B, Fig. 1: PSNR of the output against PSNR of the input (dB), training and held-out pictures.
 
-    Standard errors over 8 parts of the pictures.
+    Errors over 8 parts of up to 512 pictures. Agreement: difference and two standard errors within 0.1 dB at
+    every σ. It is a claim about the network, not about φ: no null applies.
     """
-    sides = {"training": study.train, "held out": study.held_out}
-    if study.train is None:
-        sides = {"these pictures": study.rows}
-    rng, psnr = np.random.default_rng((study.seed, 35)), {}
-    for name, rows in sides.items():
-        rows = rng.permutation(rows)[:most]
-        psnr[name] = [evaluate(study.model, to_batch(study.x[np.sort(part)], study.device), BATCH,
-                               study.checkpoint["sigma_max"])
-                      for part in np.array_split(rows, min(parts, len(rows)))]
-    sigmas = list(psnr[next(iter(sides))][0])
-    curves = {name: np.array([[p[s] for s in sigmas] for p in v]) for name, v in psnr.items()}    # (parts, σ)
-    numbers = dict(sigmas=sigmas, input_psnr=[-20 * math.log10(s) for s in sigmas],
-                   output_psnr={name: [mean_se(column) for column in v.T] for name, v in curves.items()})
-    if study.train is not None:
-        a, b = (numbers["output_psnr"][name] for name in sides)
-        numbers["gap"] = [(p[0] - q[0], math.hypot(p[1], q[1])) for p, q in zip(a, b)]
-    x = numbers["input_psnr"]
-    every = np.concatenate([v.ravel() for v in curves.values()] + [x])
-    p = Axes((1600, 900), (min(x) - 1, max(x) + 1), limits(every), "input PSNR (dB)", "output PSNR (dB)")
-    p.line([min(x), max(x)], [min(x), max(x)], GRAY, "no denoising")
-    for (name, v), color in zip(curves.items(), (ORANGE, BLUE)):
-        m, s = v.mean(0), v.std(0)
-        p.line(x, m, color, name, band=(m - s, m + s))
-        p.scatter(x, m, color)
-    save(p.image(), out, "denoising")
-    return numbers
+    sides, curves = {"training": study.training, "held out": study.held_out}, {}
+    if study.training is None:
+        sides = {"these pictures": study.x[study.choose(512, 35)]}
+    for name, x in sides.items():
+        study.progress(len(curves) / len(sides), f"PSNR, {name}")
+        found = [evaluate(study.model, to_batch(part, study.device), BATCH, study.sigma_max)
+                 for part in np.array_split(x, min(parts, len(x)))]
+        curves[name] = np.array([list(v.values()) for v in found])             # (parts, σ)
+    sigmas, means = list(found[0]), {name: [mean_se(v) for v in curve.T] for name, curve in curves.items()}
+    gap = [(p[0] - q[0], math.hypot(p[1], q[1])) for p, q in zip(*means.values())] if len(sides) == 2 else []
+    difference, error = max(gap, key=lambda gap: abs(gap[0]) + 2 * gap[1], default=NOTHING)
+    known = math.isfinite(error)
+    claims = [study.claim(
+        "training and held-out PSNR agree", "paper B, Fig. 1", "equal at 100,000 pictures",
+        (difference, error), "parts", {}, 0, 0.0, abs(difference) + 2 * error <= 0.1 if known else None,
+        "largest difference in dB at any σ; with two errors within 0.1" if known else
+        "no training pictures among these, or too few for an error", on_phi=False)]
+    x = [-20 * math.log10(s) for s in sigmas]
+    marks = [line(x, v.mean(0), name, color, True, (v.mean(0) - v.std(0), v.mean(0) + v.std(0)))
+             for (name, v), color in zip(curves.items(), (ORANGE, BLUE))]
+    study.figure("denoising", plot((1600, 800), [*marks, line(x, x, "no denoising", GRAY)], "input PSNR (dB)",
+                                   "output PSNR (dB)"),
+                 "Paper B, Fig. 1. Denoising of training pictures and of others (band: one SD over parts). "
+                 "A network that has memorised is better on the former.")
+    return dict(sigmas=sigmas, input_psnr=x, output_psnr=means, gap=gap, claims=claims,
+                pictures={name: len(v) for name, v in sides.items()})
 
 
-# The paper's claims
+# Claims and the page
 
-class Claim(NamedTuple):
-    """A sentence of the paper and the rule that decides it; the rule was written before it was applied."""
-    text: str
-    place: str
-    paper: str              # what the paper prints
-    analysis: str           # whose numbers decide
-    rule: str
-    judge: callable         # those numbers -> (holds, None if it does not apply; "what came out")
-
-
-def pm(value, digits=2):
-    """(mean, standard error) as text."""
-    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+def words(claim):
+    """What a claim's row says behind its verdict: paper; here; nulls and effect size; rule."""
+    known = None not in (claim["value"], claim["error"]) and math.isfinite(claim["value"] + claim["error"])
+    here = f"{claim['value']:.3g} ± {claim['error']:.2g} over {claim['over']}" if known else "not measured"
+    nulls = "".join(f"; {name} {m:.3g} ± {s:.2g} (n = {n})" for name, (m, s, n) in claim["nulls"].items())
+    effect = f", to differ by {claim['effect']:g}" * bool(nulls and claim["effect"])
+    return f"paper: {claim['paper']}; here: {here}{nulls}{effect}. {claim['rule']}"
 
 
-def above(value, sign=1):
-    """Whether sign × mean of (mean, standard error) is above two standard errors; None: too few values."""
-    return sign * value[0] > 2 * value[1] if math.isfinite(value[1]) else None
+def alive_line(alive):
+    """The first line of every analysis: may φ be judged at all?"""
+    use = ", ".join(f"{v:.2f} (σ {s:g})" for s, v in alive["use"].items())
+    dead = f"φ is NOT alive, by {alive['why']}: no claim on it has a verdict." if alive["why"] else ""
+    text = (f"{dead or 'φ is alive:'} use of M {use} dB; cosine of φ between pictures {alive['cosine']:.4f}; "
+            f"{alive['silent']} of {alive['channels']} channels silent")
+    if math.isnan(alive["agreement"]):
+        return text
+    untrained = ", ".join(f"{v:.3f}" for v in alive["untrained"])
+    return f"{text}; class agreement {alive['agreement']:.3f}, untrained {untrained}"
 
 
-def changes(names, sign):
-    """A judge: PR changes from input to output in this direction, at every block that `names` picks."""
-    def judge(r):
-        picked = {b: c for b, c in r["change"].items() if names(b)}
-        if not picked:
-            return None, "no such block"
-        verdicts = [above(c, sign) for c in picked.values()]
-        return None if None in verdicts else all(verdicts), ", ".join(
-            f"{b} {m:+.3f} ± {e:.3f}" for b, (m, e) in picked.items())
-    return judge
+def over_networks(tables):
+    """Every claim over several networks, a list of claims whose value and error are mean and SD over them."""
+    rows = []
+    for first in tables[0]:
+        same = [c for table in tables for c in table if c["claim"] == first["claim"]]
+        values, verdicts = np.array([c["value"] for c in same], float), [c["verdict"] for c in same]
+        nulls = {k: [c["nulls"][k][0] for c in same if k in c["nulls"]] for k in first["nulls"]}
+        rows.append(dict(
+            first, value=values.mean(), error=values.std(ddof=1) if len(values) > 1 else math.nan,
+            over=f"{len(same)} networks", rule="each: " + ", ".join(f"{v:.3g}" for v in values),
+            nulls={k: [np.mean(v), np.std(v), len(v)] for k, v in nulls.items()},
+            verdict=", ".join(f"{v} in {verdicts.count(v)}" for v in dict.fromkeys(verdicts))))
+    return rows
 
 
-def with_selectivity(name, sign):
-    """A judge: the rank correlation of a channel's property with its PR has this sign, beyond chance."""
-    def judge(r):
-        rho = r["rank_correlation"].get(name)
-        if rho is None or not math.isfinite(rho):
-            return None, "not measured"
-        return sign * rho > r["chance"], f"{rho:+.2f} ({r['channels']} channels; chance ± {r['chance']:.2f})"
-    return judge
+def say_claims(claims):
+    """The claims, the verdict first, and how many hold."""
+    for c in claims:
+        say(f"{c['verdict']:14} {c['claim']} ({c['place']})")
+        say(f"{'':14} {words(c)}")
+    verdicts = [c["verdict"].split(" in ")[0] for c in claims]
+    say("; ".join(f"{verdicts.count(v)} {v}" for v in ("holds", "fails", "not comparable")))
 
 
-def more_separated(other):
-    """A judge: clusters of φ are farther apart, in standard deviations along the line, than `other`."""
-    def judge(r):
-        if other not in r["separation"]:
-            return None, "no classes with five pictures"
-        (m, e), (n, f) = r["separation"]["clusters"]["ratio"], r["separation"][other]["ratio"]
-        return above((m - n, math.hypot(e, f))), f"{pm((m, e), 1)} against {pm((n, f), 1)} SD"
-    return judge
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ color: #1a1a1a; background: #fff; font: 17px/1.5 system-ui, sans-serif; max-width: 1000px;
+margin: 0 auto; padding: 12px; overflow-wrap: anywhere }} img {{ width: 100% }} figure {{ margin: 28px 0 }}
+table {{ border-spacing: 0 }} td {{ vertical-align: top; padding: 8px 9px 8px 0; border-top: 1px solid #ccc }}
+.holds {{ color: #006644; font-weight: bold }} .fails {{ color: #a33300; font-weight: bold }}
+td:first-child {{ min-width: 4.6em; overflow-wrap: normal }}</style>
+<h1>{title}</h1><p>{scale}</p><p><b>{alive}</b></p><h2>Claims</h2>
+<p>A claim holds if ours differs from every null, networks and codes that have learnt nothing, as it says.</p>
+<table>{rows}</table><h2>Figures</h2>{figures}<h2>Settings</h2><p>{settings}</p></html>
+"""
 
 
-def lead(over):
-    """A judge: φ's neighbours agree more in class than those of another space."""
-    def judge(r):
-        if "agreement" not in r:
-            return None, "no class labels"
-        (phi_here, _), (theirs, _) = r["agreement"]["phi"], r["agreement"][over]
-        here = f"{phi_here:.3f} against {theirs:.3f}, lead {pm(r['lead'][over], 3)}; chance {r['chance']:.3f}"
-        return above(r["lead"][over]), here
-    return judge
-
-
-SE = "by more than two standard errors"
-CLAIMS = [
-    Claim("PR falls from the input to the output of M", "Fig. 1, 10", "falls", "sparsity",
-          f"mean change over pictures below 0 {SE}", changes(lambda b: b == "M", -1)),
-    Claim("PR falls in the decoder blocks", "Fig. 1", "falls", "sparsity",
-          "the same, in every decoder block but D1", changes(lambda b: b[0] == "D", -1)),
-    Claim("PR rises in the encoder blocks", "Fig. 1", "rises", "sparsity",
-          f"mean change above 0 {SE}, in every encoder block but E1", changes(lambda b: b[0] == "E", 1)),
-    Claim("phi's PR lies in 0.2-0.3", "§2.5, Fig. 1", "0.2-0.3", "sparsity",
-          "the mean over pictures lies in [0.2, 0.3]",
-          lambda r: (0.2 <= r["phi_pr_mean"] <= 0.3, f"{r['phi_pr_mean']:.3f}, SD {r['phi_pr_sd']:.3f}")),
-    Claim("M is the most stable block, sigma in 0.2-2", "Fig. 2, 11", "M highest", "stability",
-          f"M's mean cosine exceeds that of the next best block {SE}",
-          lambda r: (above(r["lead"]), f"M {r['middle']['M'][0]:.3f}, {r['next_best']} "
-                     f"{r['middle'][r['next_best']][0]:.3f}, lead {pm(r['lead'], 3)}")),
-    Claim("channel averages collapse as sigma -> 0", "Fig. 2", "cosine falls", "stability",
-          "M's cosine at sigma_2 = 0 is below its least in [0.2, 2] by more than one SD over pictures",
-          lambda r: (r["mean"]["M"][0] + r["sd"]["M"][0] < min(m for s, m in zip(r["sigma_2"], r["mean"]["M"])
-                                                               if 0.2 <= s <= 2),
-                     f"{r['mean']['M'][0]:.2f} at 0, SD {r['sd']['M'][0]:.2f}; the norm of phi there is "
-                     f"{r['norm_at_0']:.2f} of that at 0.5")),
-    Claim("channel selectivity is bimodal", "Fig. 3", "bimodal on ImageNet", "selectivity",
-          "Sarle's coefficient exceeds 5/9, that of a uniform distribution, by more than two bootstrap SD",
-          lambda r: (r["bimodality"] - 2 * r["bimodality_sd"] > 5 / 9,
-                     f"{pm((r['bimodality'], r['bimodality_sd']))} ({r['specialised']} specialised, "
-                     f"{r['common']} common)")),
-    Claim("phi-neighbours agree in class more than pixel-neighbours", "Fig. 5, 14", "stark contrast",
-          "neighbours", f"mean lead in ten-neighbour agreement above 0 {SE} over queries", lead("pixels")),
-    Claim("... more than phi of an untrained network (our control)", "-", "-", "neighbours",
-          "as above", lead("phi, untrained")),
-    Claim("... more than pixels less their mean colour (our control)", "-", "-", "neighbours",
-          "as above", lead("pixels - mean colour")),
-    Claim("phi's lie on a union of subspaces", "Fig. 5", "picture", "neighbours",
-          "each group's phi has more energy in its own group's three directions than in the other's",
-          lambda r: (all(a > b for a, b in zip(r["energy_own"], r["energy_other"])), "own "
-                     + " and ".join(f"{v:.3f}" for v in r["energy_own"]) + ", other "
-                     + " and ".join(f"{v:.3f}" for v in r["energy_other"]))),
-    Claim("every pair of clusters is more than 2 SD apart", "Fig. 6", "all of 100 pairs", "clusters",
-          "the least of up to 100 random pairs exceeds 2",
-          lambda r: ((c := r["separation"]["clusters"])["least"] > 2,
-                     f"least {c['least']:.1f}; {c['above_2']:.0%} of {len(c['sd'])} pairs")),
-    Claim("clusters are farther apart than classes", "Fig. 6", "substantially", "clusters",
-          f"mean distance / SD over pairs larger {SE}", more_separated("classes")),
-    Claim("... than clusters of a structureless Gaussian (our control)", "-", "-", "clusters", "as above",
-          more_separated("Gaussian control")),
-    Claim("other sigma give similar clusters", "App. B.3", "similar", "clusters",
-          "adjusted Rand index to every other sigma >= 0.1 at least that between seeds, less 0.1",
-          lambda r: (None, "one sigma only") if not r["rand_index_sigma"] else
-          (all(v >= min(r["rand_index_seeds"]) - 0.1
-               for s, v in r["rand_index_sigma"].items() if float(s) >= 0.1),
-           ", ".join(f"{v:.2f} at {s}" for s, v in r["rand_index_sigma"].items())
-           + f"; seeds {min(r['rand_index_seeds']):.2f}")),
-    Claim("started from class centroids, clusters still leave the classes", "App. B.3", "they do", "clusters",
-          "fewer than half of the pictures keep their class's cluster",
-          lambda r: (None, "no class labels") if "from_classes" not in r else
-          ((f := r["from_classes"])["stayed"] < 0.5,
-           f"{f['stayed']:.0%} stay; Rand index to the classes {f['rand_index_classes']:.2f}, to the "
-           f"random start {f['rand_index_random_start']:.2f}")),
-    Claim("specialised channels have heavier tails", "Fig. 13", "heavy tails", "channels",
-          "rank correlation of PR and kurtosis below 0 beyond chance, 2 / sqrt(channels - 1)",
-          with_selectivity("kurtosis", -1)),
-    Claim("... are sparser in space", "Fig. 13", "sparse", "channels",
-          "PR and spatial PR: above 0 beyond chance", with_selectivity("spatial_pr", 1)),
-    Claim("... have maps of fewer dimensions", "Fig. 13", "few", "channels",
-          "PR and PCA dimension: above 0, the same", with_selectivity("pca_dimension", 1)),
-    Claim("common channels are broadly tuned", "§2.4", "larger set", "channels",
-          "PR and share of gratings: above 0", with_selectivity("tuning", 1)),
-    Claim("common channels are the most stable to sigma", "§2.4", "most stable", "channels",
-          "PR and cosine: above 0", with_selectivity("stability", 1)),
-    Claim("... also after subtracting channel means (our control)", "-", "-", "channels",
-          "PR and centred cosine: above 0", with_selectivity("stability_centred", 1)),
-    Claim("distance of phi predicts the distance of densities", "Fig. 8", "strongly", "embedding",
-          "rank correlation above 0 beyond chance",
-          lambda r: (r["rank_correlation"] > r["chance"],
-                     f"{r['rank_correlation']:.2f} ({len(r['kl'])} pairs; chance {r['chance']:.2f})")),
-    Claim("embedding inequality (3) with B/A = 2.9", "Fig. 8", "2.9", "embedding",
-          "largest over least ratio at most the paper's 2.9",
-          lambda r: (r["B_over_A"] <= 2.9, f"{r['B_over_A']:.1f} over {len(r['kl'])} pairs; SD of the ratio "
-                     f"{r['ratio_sd']:.0%}")),
-    Claim("matching keeps the noise level", "Fig. 20", "unchanged", "matching",
-          "the median of after / before is within 5 % of 1 at every sigma >= 0.1",
-          lambda r: (all(abs(m - 1) <= 0.05 for m, s in zip(r["median_ratio"], r["sigmas"]) if s >= 0.1),
-                     ", ".join(f"{m:.2f} [{a:.2f}, {b:.2f}] at {s:.2g}" for s, m, a, b in list(zip(
-                         r["sigmas"], r["median_ratio"], r["least_ratio"], r["largest_ratio"]))[::9]))),
-    Claim("samples share the target's layout", "Fig. 7", "picture", "matching",
-          f"pixels less mean colour correlate with their own target more than with others {SE}",
-          lambda r: (None, "one picture only") if r["pictures"] < 2 else
-          (above(r["layout_lead"]),
-           f"own {pm(r['layout_own'])}, others {pm(r['layout_other'])}")),
-    Claim("training and held-out PSNR agree", "B, Fig. 1", "equal at 100,000 pictures", "denoising",
-          "their difference is within two standard errors of 0 at every sigma",
-          lambda r: (None, "the training pictures are not among these") if "gap" not in r else
-          (all(abs(m) <= 2 * e for m, e in r["gap"] if math.isfinite(e)),
-           ", ".join(f"{pm(g)} dB at {s:g}" for s, g in list(zip(r["sigmas"], r["gap"]))[::2]))),
-]
-
-
-def judge(results, earlier=()):
-    """Every claim whose analysis ran: a list of dicts with claim, what came out, verdict and rule.
-
-    results: {analysis: numbers}. earlier: such a list, for the claims of analyses that are not in `results`.
-    """
-    table, earlier = [], {row["claim"]: row for row in earlier}
-    for claim in CLAIMS:
-        numbers = results.get(claim.analysis)
-        if numbers is None:
-            table += [earlier[claim.text]] if claim.text in earlier else []
-            continue
-        holds, here = (None, numbers["skipped"]) if "skipped" in numbers else claim.judge(numbers)
-        verdict = "not comparable" if holds is None else "holds" if holds else "fails"
-        table.append(dict(claim=claim.text, place=claim.place, paper=claim.paper, here=here, verdict=verdict,
-                          rule=claim.rule, analysis=claim.analysis))
-    return table
-
-
-# Plots: final pixels are twice those of a README 800 wide
-
-BLUE, ORANGE, GREEN, RED, GRAY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
-COLORS = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31")
-
-
-def font(size=26):
-    """Pillow's own font; it has no Greek letters, which is why figures spell them."""
-    return ImageFont.load_default(size)
-
-
-def limits(v, log=False):
-    """A range a little wider than the values."""
-    v = np.asarray(v, float)
-    low, high = (float(v.min()), float(v.max())) if len(v) else (0.0, 1.0)
-    if log:
-        return low / 1.2, high * 1.2
-    margin = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
-    return low - margin, high + margin
-
-
-def ticks(low, high, log=False, most=6):
-    """Round numbers in [low, high]: 1, 2 or 5 times a power of ten, at most `most` or so."""
-    if log:
-        for steps in (1, 2, 5), (1, 3), (1,):
-            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            found = [s * 10.0 ** k for k in decades for s in steps]
-            found = [v for v in found if low * 0.999 <= v <= high * 1.001]
-            if len(found) <= most + 2:
-                break
-        return found
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= most)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-class Axes:
-    """One plot: a white image with axes in data units, to which lines, histograms and points are added.
-
-    size: (width, height) in pixels. xlim, ylim: ranges, None: from the data (a histogram always sets ylim).
-    image() draws axes and legend and returns a PIL image.
-    """
-
-    def __init__(self, size, xlim, ylim, xlabel="", ylabel="", title="", xlog=False, ylog=False):
-        self.size, self.xlim, self.ylim, self.xlog, self.ylog = size, xlim, ylim, xlog, ylog
-        self.xlabel, self.ylabel, self.title, self.marks, self.legend = xlabel, ylabel, title, [], []
-
-    def line(self, x, y, color, label=None, band=None, width=4):
-        """A polyline through the points, with a shaded band (low, high) if given."""
-        self.marks.append(("line", x, y, color, band, width))
-        self.legend += [(label, color)] if label else []
-
-    def scatter(self, x, y, color, label=None):
-        """Points."""
-        self.marks.append(("points", x, y, color, None, 0))
-        self.legend += [(label, color)] if label else []
-
-    def histogram(self, values, bins, color, label=None):
-        """Counts of the values in equal bins over xlim; several histograms show through one another."""
-        values = np.asarray(values, float)
-        values = values[np.isfinite(values)]
-        self.xlim = self.xlim or limits(values)
-        counts, edges = np.histogram(values, bins, self.xlim)
-        if not any(m[0] == "bars" for m in self.marks) or counts.max() * 1.08 > self.ylim[1]:
-            self.ylim = 0, max(1, counts.max() * 1.08)
-        self.marks.append(("bars", edges, counts, color, None, 0))
-        self.legend += [(label, color)] if label else []
-
-    def image(self):
-        """Draw everything."""
-        w, h = self.size
-        if not self.ylim:
-            self.ylim = limits(np.concatenate([np.asarray(m[2], float) for m in self.marks]), self.ylog)
-        sheet = Image.new("RGB", self.size, "white")
-        draw = ImageDraw.Draw(sheet, "RGBA")
-        f = font(26 if w > 600 else 22)
-        em = f.size
-        bare = not (self.xlabel or self.ylabel)            # t-SNE has no units
-        xs, ys = ([], []) if bare else (ticks(*self.xlim, self.xlog, 6 if w > 600 else 4),
-                                        ticks(*self.ylim, self.ylog, 6 if h > 350 else 4))
-        named = [f"{v:g}" if abs(v) > 1e-12 else "0" for v in ys]
-        left = 14 + int(max([draw.textlength(t, f) for t in named], default=0) + 1.5 * em * bool(self.ylabel))
-        lines = self.legend_lines(draw, f, w - left - 20)
-        top = 8 + int(1.4 * em) * (bool(self.title) + len(lines))
-        right, bottom = w - em, h - 8 - (0 if bare else int(2.7 * em))
-        scale = lambda v, lim, log: ((np.log(v) - math.log(lim[0])) / math.log(lim[1] / lim[0]) if log else
-                                     (np.asarray(v, float) - lim[0]) / (lim[1] - lim[0]))
-        px = lambda v: left + scale(v, self.xlim, self.xlog) * (right - left)
-        py = lambda v: bottom - scale(v, self.ylim, self.ylog) * (bottom - top)
-        for v, name in zip(ys, named):
-            draw.line([(left, py(v)), (right, py(v))], "#e4e4e4", 2)
-            draw.text((left - 8, py(v)), name, "black", f, anchor="rm")
-        for v in xs:
-            draw.line([(px(v), top), (px(v), bottom)], "#e4e4e4", 2)
-            draw.text((px(v), bottom + 8), f"{v:g}" if abs(v) > 1e-12 else "0", "black", f, anchor="ma")
-        inside = Image.new("RGB", self.size, "white")      # marks are cut off at the frame
-        inside.paste(sheet)
-        pen = ImageDraw.Draw(inside, "RGBA")
-        for kind, x, y, color, band, width in self.marks:
-            x, y = np.asarray(x, float), np.asarray(y, float)
-            if kind == "bars":
-                for a, b, n in zip(x, x[1:], y):
-                    if n:
-                        pen.rectangle([px(a), py(n), px(b), py(0)], color + "90", color)
-            elif kind == "line":
-                if band:
-                    edge = [*zip(px(x), py(band[0])), *zip(px(x[::-1]), py(np.asarray(band[1])[::-1]))]
-                    pen.polygon([tuple(map(float, p)) for p in edge], color + "38")
-                pen.line([tuple(map(float, p)) for p in zip(px(x), py(y))], color, width, joint="curve")
-            else:
-                r = 6 if len(x) < 400 else 4
-                for a, b in zip(px(x), py(y)):
-                    pen.ellipse([a - r, b - r, a + r, b + r], color + "b0", "#ffffff")
-        box = (left, top, right, bottom)
-        sheet.paste(inside.crop(box), box)
-        draw.rectangle(box, outline="#444444", width=2)
-        draw.text(((left + right) / 2, 6), self.title, "black", f, anchor="ma")
-        draw.text(((left + right) / 2, h - 8), self.xlabel, "black", f, anchor="md")
-        for k, line in enumerate(lines):
-            x = left
-            for label, color in line:
-                y = 10 + int(1.4 * em) * (k + bool(self.title)) + em / 2
-                draw.rectangle([x, y - 8, x + 24, y + 8], color)
-                draw.text((x + 32, y), label, "black", f, anchor="lm")
-                x += 60 + draw.textlength(label, f)
-        if self.ylabel:
-            side = Image.new("RGB", (int(draw.textlength(self.ylabel, f)) + 4, int(1.4 * em)), "white")
-            ImageDraw.Draw(side).text((2, 2), self.ylabel, "black", f)
-            side = side.rotate(90, expand=True)
-            sheet.paste(side, (2, max(0, int((top + bottom - side.height) / 2))))
-        return sheet
-
-    def legend_lines(self, draw, f, room):
-        """The legend's entries, broken into lines above the frame, where they cover no data."""
-        lines, used = [], math.inf
-        for label, color in self.legend:
-            need = 60 + draw.textlength(label, f)
-            if used + need > room:
-                lines, used = lines + [[]], 0
-            lines[-1].append((label, color))
-            used += need
-        return lines
-
-
-def caption(text, size=28, width=1600):
-    """A line of text as an image."""
-    image = Image.new("RGB", (width, int(1.6 * size)), "white")
-    ImageDraw.Draw(image).text((6, size // 4), text, "black", font(size))
-    return image
-
-
-def stack(images, gap=8):
-    """Images one above the other, left-aligned, on white."""
-    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height + gap for i in images)), "white")
-    y = 0
-    for image in images:
-        sheet.paste(image, (0, y))
-        y += image.height + gap
-    return sheet
-
-
-def in_rows(images, columns=3):
-    """The images, so many side by side, with the gap that makes three plots of 530 pixels 1600 wide."""
-    return beside(images, columns, 5)
-
-
-def picture_rows(rows, names, title, side=120):
-    """Rows of pictures, each (k, C, H, W), with a name in front of each."""
-    left = 20 + int(max(font().getlength(n) for n in names))
-    lines = [in_rows([caption(n, 26, left), *[to_image(x, side) for x in row]], len(row) + 1)
-             for n, row in zip(names, rows)]
-    return stack([caption(title), *lines])
-
-
-def bars(values, chance, title):
-    """Horizontal bars {name: (value, standard error)} with a line at chance."""
-    w, row, f = 1600, 46, font()
-    sheet = Image.new("RGB", (w, row * (len(values) + 2)), "white")
-    draw, left = ImageDraw.Draw(sheet), 30 + int(max(f.getlength(n) for n in values))
-    draw.text((6, 6), title, "black", f)
-    scale = (w - left - 220) / max([chance] + [v for v, _ in values.values()])
-    for i, (name, (v, e)) in enumerate(values.items()):
-        y = row * (i + 1) + 6
-        draw.text((left - 12, y + row / 2 - 6), name, "black", f, anchor="rm")
-        draw.rectangle([left, y, left + v * scale, y + row - 12], BLUE if name == "phi" else GRAY)
-        draw.text((left + max(v, chance) * scale + 12, y + row / 2 - 6), f"{v:.3f} +- {e:.3f}", "black", f,
-                  anchor="lm")
-    x = left + chance * scale
-    draw.line([x, row, x, row * (len(values) + 1)], RED, 4)
-    draw.text((x, row * (len(values) + 1) + 4), f"chance {chance:.3f}", RED, f, anchor="ma")
-    return sheet
-
-
-def save(image, out, name):
-    """Write figure `name` into the folder `out`."""
-    path = os.path.join(out, name + ".png")
-    save_image(image, path)
-    print(f"wrote {path}", flush=True)
-
-
-# Running
-
-ANALYSES = dict(sparsity=sparsity, stability=stability, selectivity=selectivity, attributes=attributes,
-                neighbours=neighbours, clusters=clusters, channels=channels, embedding=embedding,
-                matching=matching, reconstruction=reconstruction, denoising=denoising)
-
-
-def ticker(name, total, unit):
-    """A function to call with what is done: shows progress, rate and time left, now and then."""
-    start, shown, every = time.time(), [time.time()], 0.3 if sys.stdout.isatty() else 10
-    quiet = dist.is_initialized() and dist.get_rank() > 0
-
-    def tick(done):
-        taken = time.time() - start
-        if time.time() - shown[0] > every and not quiet:
-            shown[0] = time.time()
-            status(f"{name}: {done} of {total} {unit}, {done / taken:.3g}/s, "
-                   f"{duration(taken * max(total / done - 1, 0))} left")
-    return tick
+def write_page(out, title, scale, alive, claims, captions, settings):
+    """index.html in the folder `out`: claims, figures and settings; one page that needs no other file."""
+    safe = lambda v: html.escape(printable(str(v)))
+    encoded = lambda name: base64.b64encode(Path(out, f"{name}.png").read_bytes()).decode()
+    figures = [f'<figure><figcaption><b>{name}.</b> {safe(text)}</figcaption><img alt="{name}" '
+               f'src="data:image/png;base64,{encoded(name)}"></figure>' for name, text in captions.items()]
+    rows = [f'<tr><td class="{c["verdict"].split()[0]}">{c["verdict"]}<td><b>{safe(c["claim"])}</b> '
+            f'({safe(c["place"])})<br>{safe(words(c))}' for c in claims]
+    with write(os.path.join(out, "index.html")) as file:
+        file.write(PAGE.format(title=safe(title), scale=safe(scale), alive=safe(alive), rows="\n".join(rows),
+                               figures="\n".join(figures), settings="; ".join(
+                                   f"{safe(k)} {safe(v)}" for k, v in settings.items())).encode())
 
 
 def plain(value):
     """Numbers, arrays and tensors as JSON has them: floats to six digits, NaN and infinity as null."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return plain(value.tolist())
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
 
 
-def print_table(table, scale):
-    """The claims, aligned, the verdict first."""
-    print("\n" + scale)
-    for row in table:
-        print(f"{row['verdict']:14} {row['claim']} ({row['place']})\n{'':14} paper: {row['paper']}; "
-              f"here: {row['here']}")
-    count = {v: sum(r["verdict"] == v for r in table) for v in ("holds", "fails", "not comparable")}
-    print("; ".join(f"{n} {v}" for v, n in count.items()))
+# Running
+
+def compute_phi(models, x, sigmas, draws, seed, device, progress=lambda fraction, text: None):
+    """φ(x_σ) of the pictures x (n, H, W, C) uint8 by every network: [{σ: (n, d) float32 on the CPU}].
+
+    sigmas: a list of σ for each network. Under torchrun each process computes every so-manieth batch, and
+    process 0 has the sum: the same φ, since a batch's noise depends on the seed, σ and its place alone.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found, done, whole = [{} for _ in models], 0, sum(map(len, sigmas)) * len(x)
+    for model, levels, codes in zip(models, sigmas, found):
+        for sigma in levels:
+            codes[sigma] = torch.zeros(len(x), model.width * 2 ** model.levels)
+            for a in range(rank * BATCH, len(x), world * BATCH):
+                batch = to_batch(x[a:a + BATCH], device)
+                generator = seeded(device, seed, 5, round(1e6 * sigma), a)
+                codes[sigma][a:a + BATCH] = phi(model, batch, sigma, draws if sigma else 1, generator).cpu()
+                progress((done + a + len(batch)) / whole, f"{a + len(batch)} pictures at σ {sigma:g}")
+            if world > 1:
+                dist.reduce(codes[sigma], 0)
+            done += len(x)
+    return found
+
+
+def untrained_networks(study, seeds=3):
+    """The same network before its training, initialised as train.py does, from several seeds."""
+    networks = []
+    for k in range(seeds):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(study.seed + 1000 + k)
+            model = UNet(**study.checkpoint["model"]).to(study.device).eval()
+        x, generator = study.pictures(study.choose(64, 14, k)), seeded("cpu", study.seed, 15, k)
+        sigma = study.sigma_max * torch.rand(len(x), 1, 1, 1, generator=generator).square()
+        z = torch.randn(x.shape, generator=generator)
+        initialise(model, x + (sigma * z).to(x.device), study.checkpoint["mean"])
+        networks.append(model)
+    return networks
+
+
+def add_phi(study, sigmas, key, paths):
+    """Gives the study its φ and those of untrained networks: from phi.npz if of the same key, else computed.
+
+    Returns whether this process goes on: under torchrun, only the first one does.
+    """
+    path, name, codes = os.path.join(study.out, "phi.npz"), json.dumps(key, sort_keys=True), []
+    study.untrained = untrained_networks(study)
+    try:
+        with np.load(path) as file:
+            if str(file["key"]) == name:
+                codes = [np.concatenate([file["phi"][None], file["other_phi"]]), *file["untrained"]]
+    except Exception:                          # none, or not whole, or not ours: then --force was given
+        codes = []
+    saved = bool(codes)
+    if not saved:
+        found = compute_phi([study.model, *study.untrained], study.x, [sigmas] + 3 * [sigmas[:2]],
+                            study.draws, study.seed, study.device, study.progress)
+        codes = [np.stack([v.numpy() for v in phis.values()]) for phis in found]   # (σ, n, d) a network
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return False
+    if not all(np.isfinite(v).all() for v in codes):
+        raise UserError("φ is not finite; is the checkpoint damaged?")
+    study.phi, *study.untrained_phi = [dict(zip(sigmas, map(torch.from_numpy, v))) for v in codes]
+    if not saved:
+        with write(path) as file:
+            np.savez(file, phi=codes[0][0], other_phi=codes[0][1:], untrained=np.array(codes[1:]),
+                     paths=np.array(paths), sigma=np.array(sigmas), labels=study.labels,
+                     checkpoint=key["checkpoint"], key=name)
+    return True
 
 
 def arguments():
     """The command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", help="written by train.py")
+    add("checkpoint", nargs="+", help="written by train.py; several: networks of one kind, other seeds")
     add("--data", metavar="PATH", help="pictures to analyse, as for train.py (default: the held-out part of "
         "those of the training)")
     add("--only", nargs="+", choices=list(ANALYSES), metavar="NAME", help=f"some of: {', '.join(ANALYSES)}")
-    add("--images", type=number(int, 1), default=2000,
-        help="pictures at most, by seed (default: %(default)s)")
-    add("--draws", type=number(int, 1), default=20, help="noise draws for each φ (default: %(default)s)")
-    add("--sigma", nargs="+", type=number(float, 0, 100), default=[0.3, 0.1, 0.5, 1.0], metavar="SIGMA",
-        help="noise levels of φ; the first is the one analysed (default: 0.3 0.1 0.5 1.0)")
+    add("--images", type=number(int, 20), default=2000, help="pictures at most, by seed (default: 2000)")
+    add("--draws", type=number(int, 1, 10 ** 6), default=20, help="noise draws for each φ (default: 20)")
+    add("--sigma", nargs="+", type=number(float, 0, 100), default=[0.3, 0.1], metavar="SIGMA",
+        help="noise levels of φ: the first is analysed, the second compared with it (default: 0.3 0.1)")
     add("--clusters", type=number(int, 2), help="K (default: 100, at most a twentieth of the pictures)")
-    add("--pairs", type=number(int, 2), default=40, help="of pictures, for Eq. 4 (default: %(default)s)")
-    add("--steps", type=number(int, 2), default=40, help="noise levels of Algorithm 1 (default: %(default)s)")
+    add("--pairs", type=number(int, 5, 10 ** 6), default=24, help="of pictures, for Eq. 4 (default: 24)")
+    add("--steps", type=number(int, 3, 10 ** 5), default=40, help="noise levels of Algorithm 1 (default: 40)")
     add("--pictures", nargs="+", metavar="FILE", help="for `attributes` (default: three, by seed)")
     add("--seed", type=number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
     add("--out", default="figures", metavar="FOLDER", help="default: %(default)s")
+    add("--force", action="store_true", help="replace results of other settings, and foreign files, in --out")
     add("--device", help="cpu, cuda, mps (default: the fastest there is)")
     return parser.parse_args()
 
 
-def open_study(flags, model, checkpoint, device):
-    """The Study for the command line's flags, without φ, and the data's fingerprint. Raises UserError."""
-    pictures, train, held_out = checkpoint_pictures(checkpoint, flags.data)
+def prepare(flags, path, model, checkpoint, device):
+    """(the Study without φ, what its results depend on, names of the pictures, what they are). UserError."""
+    run = {**checkpoint["flags"], "data": flags.data or checkpoint["flags"]["data"]}
+    pictures, train, held_out = training_data(run)
     own = pictures.fingerprint == checkpoint["fingerprint"]
     if not own and not flags.data:
-        raise UserError("the pictures of the training have changed since; --data says which to analyse")
+        raise UserError(f"{path}: the pictures of its training have changed; --data says which to analyse")
     rows = np.arange(len(pictures.x)) if flags.data else held_out
     rows = np.sort(np.random.default_rng((flags.seed, 10)).permutation(rows)[:flags.images])
-    sigmas = list(dict.fromkeys(flags.sigma))
-    study = Study(model, checkpoint, pictures.x, rows, pictures.labels[rows], sigmas, flags.draws, flags.seed,
-                  device, train if own else None, held_out if own else None, flags.clusters, flags.pictures,
-                  flags.steps, flags.pairs)
-    return study, pictures.fingerprint, [pictures.paths[i] for i in rows]
+    if len(rows) < 20:
+        raise UserError(f"{len(rows)} {'' if flags.data else 'held-out '}pictures are too few, 20 are the "
+                        "least; --data names others (if those of the training, all are analysed)")
+    rng = np.random.default_rng((flags.seed, 35))
+    training, test = (pictures.x[rng.permutation(side)[:512]] if own else None for side in (train, held_out))
+    study = Study(model, checkpoint, pictures.x[rows], pictures.labels[rows], device=device,
+                  training=training, held_out=test, given=flags.pictures or (),
+                  **{k: getattr(flags, k) for k in ("draws", "seed", "clusters", "pairs", "steps")})
+    digest = hashlib.sha256(np.ascontiguousarray(study.x))
+    digest.update(np.ascontiguousarray(study.labels))
+    key = dict(checkpoint=checkpoint["sha256"], pictures=digest.hexdigest(), draws=flags.draws,
+               seed=flags.seed, sigmas=list(dict.fromkeys(flags.sigma)))
+    where = "other pictures" if not own else "training and held-out" if flags.data else "held out"
+    return study, key, [pictures.paths[i] for i in rows], where
+
+
+def earlier_results(out, key, force):
+    """results.json of an earlier call with the same key, else {}. UserError if `out` holds other results."""
+    found = {}
+    try:
+        os.makedirs(out, exist_ok=True)
+        found = json.loads(Path(out, "results.json").read_bytes())
+    except FileExistsError:
+        raise UserError(f"--out {out}: is a file, must be a folder") from None
+    except (FileNotFoundError, ValueError):
+        pass                                               # no results, or not ours: check_outputs says so
+    found = found if isinstance(found, dict) and found.get("key") == plain(key) else {}
+    figures = [f"{name}.png" for function in ANALYSES.values() for name in function.figures]
+    check_outputs([os.path.join(out, name) for name in ("results.json", "phi.npz", "index.html", *figures)],
+                  force or bool(found))
+    return found
+
+
+def analyse(flags, path, model, checkpoint, out, device, progress):
+    """All that is asked of one network, in the folder `out`: its claims; None if not the first process."""
+    study, key, paths, where = prepare(flags, path, model, checkpoint, device)
+    old, study.out = earlier_results(out, key, flags.force), out
+    wanted = {name: f for name, f in ANALYSES.items() if not flags.only or name in flags.only}
+    done, whole = 0, 60 + sum(f.share for f in wanted.values())
+
+    def begin(name, share):
+        nonlocal done
+        before, done = done, done + share
+        study.progress = lambda f, text: progress((before + share * f) / whole, f"{name}: {text}")
+
+    begin("φ", 60)
+    if not add_phi(study, key["sigmas"], key, paths):
+        return None
+    side, seen = checkpoint["size"], checkpoint["training"]["pictures_seen"]
+    scale = (f"{len(study.x)} pictures ({where}) of {side}×{side}, width {model.width}, {seen:,} pictures "
+             f"seen in training; φ at σ = {study.sigma:g}, {flags.draws} draws")
+    say(alive_line(study.alive))
+    say(scale)
+    record = dict(key=key, scale=scale, settings=vars(flags), device=str(device),
+                  training=checkpoint["training"], alive=study.alive,
+                  **{k: old.get(k, {}) for k in ("analyses", "captions", "seconds")})
+    for name, function in wanted.items():
+        begin(name, function.share)
+        start = time.monotonic()
+        try:
+            record["analyses"][name] = function(study)
+        except Skip as reason:
+            record["analyses"][name] = dict(skipped=str(reason))
+            say(f"{name}: left out: {reason}")
+        record["seconds"][name] = time.monotonic() - start
+        record["captions"] |= study.captions
+        with write(os.path.join(out, "results.json")) as file:
+            file.write(json.dumps(plain(record)).encode())
+    claims = lambda names: [c for name in names for c in record["analyses"].get(name, {}).get("claims", [])]
+    write_page(out, f"What {os.path.basename(path)} represents", scale, alive_line(study.alive),
+               claims(ANALYSES), record["captions"], dict(vars(flags), device=device))
+    say_claims(claims(wanted))
+    say(f"wrote {os.path.join(out, 'index.html')}, its figures, results.json and phi.npz")
+    return claims(wanted)
 
 
 def main():
-    """The command line's work; returns the exit code."""
-    flags, start = arguments(), time.time()
+    """The command line's work."""
+    flags, progress, tables = arguments(), Progress(), []
     device = choose_device(flags.device)
-    model, checkpoint = load_checkpoint(flags.checkpoint, device)
-    with open(flags.checkpoint, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    for path in flags.pictures or []:
-        load_picture(path, checkpoint["size"], model.channels)                 # complain before the work
+    networks = [(path, *load_checkpoint(path, device)) for path in flags.checkpoint]
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in flags.checkpoint]
+    kinds = {json.dumps([c["size"], {**c["flags"], "seed": 0}], sort_keys=True) for _, _, c in networks}
+    if len(kinds) > 1 or len(set(stems)) < len(stems):
+        raise UserError("several checkpoints must be networks of one kind (trained with the same flags but "
+                        "--seed), in files of different names")
+    for path in flags.pictures or []:          # complain before the work
+        load_picture(path, *(networks[0][2]["flags"][k] for k in ("size", "channels", "patches")))
     if "RANK" in os.environ:                   # started by torchrun; only CPU tensors are exchanged
-        dist.init_process_group("gloo")
-    study, fingerprint, paths = open_study(flags, model, checkpoint, device)
-    try:
-        os.makedirs(flags.out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {flags.out}: {error.strerror}") from None
-    key = dict(checkpoint=digest, data=fingerprint, sigmas=study.sigmas, draws=flags.draws, seed=flags.seed,
-               pictures=hashlib.sha256("\n".join(paths).encode()).hexdigest())
-    began = time.time()
-    values = cached_phi(os.path.join(flags.out, "phi.npz"), key, paths, study.labels, lambda: compute_phi(
-        model, study.x, study.rows, study.sigmas, study.draws, study.seed, device))
-    if values is None:                         # not the first process: its share is done
-        dist.destroy_process_group()
-        return 0
-    study.phi, seconds = values, {"phi": time.time() - began}
-    where = "other pictures" if study.train is None else "training and held-out" if flags.data else "held out"
-    seen = checkpoint["training"]["pictures_seen"]
-    side = checkpoint["size"]
-    scale = (f"{len(study.rows)} pictures ({where}) of {side}×{side}, width {model.width}, {seen:,} pictures "
-             f"seen in training, sigma {study.sigma:g}, {flags.draws} draws")
-    print(scale, flush=True)
-    path, results, kept, claims = os.path.join(flags.out, "results.json"), {}, {}, []
-    if flags.only and os.path.exists(path):    # keep what other calls found for the same settings
-        try:
-            with open(path) as file:
-                old = json.load(file)
-            if old["key"] == plain(key):
-                kept, claims, seconds = old["analyses"], old["claims"], {**old["seconds"], **seconds}
-        except (ValueError, KeyError, TypeError):
-            pass
-    for name in flags.only or ANALYSES:
-        began = time.time()
-        try:
-            results[name] = ANALYSES[name](study, flags.out)
-        except Skip as reason:
-            results[name] = dict(skipped=str(reason))
-            print(f"{name}: left out: {reason}")
-        except FloatingPointError as error:
-            raise UserError(f"{name}: {error}; is the checkpoint damaged?") from None
-        seconds[name] = time.time() - began
-        print(f"{name}: {duration(seconds[name])}", flush=True)
-        table = judge(results, claims)
-        record = dict(key=key, scale=scale, settings=vars(flags), device=str(device), seconds=seconds,
-                      data=dict(fingerprint=fingerprint, where=where, pictures=len(study.rows)),
-                      training=checkpoint["training"], claims=table, analyses={**kept, **results})
-        with open(path + ".tmp", "w") as file:
-            json.dump(plain(record), file)
-        os.replace(path + ".tmp", path)
-    print_table(table, scale)
-    print(f"wrote {path}; {duration(time.time() - start)} in all")
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    for k, (path, model, checkpoint) in enumerate(networks):
+        out = os.path.join(flags.out, stems[k] if len(networks) > 1 else "")
+        tables.append(analyse(flags, path, model, checkpoint, out, device,
+                              lambda f, text: progress((k + f) / len(networks), text)))
+    if len(networks) > 1 and tables[0] is not None:
+        rows, names = over_networks(tables), ", ".join(stems)
+        say(f"{len(networks)} networks: {names}")
+        say_claims(rows)
+        with write(os.path.join(flags.out, "networks.json")) as file:
+            file.write(json.dumps(plain(dict(checkpoints=flags.checkpoint, claims=rows))).encode())
+        write_page(flags.out, f"{len(networks)} networks", "mean ± SD over networks", names, rows, {},
+                   vars(flags))
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,27 +1,32 @@
 """Train the blind denoiser on a folder of pictures (paper A: Eq. 1, App. A.2, A.3).
 
     python train.py                                        # built-in pictures, about 10 minutes on a laptop
-    python train.py --data photos --size 32 --width 16 --batch 32 --minutes 10  # your pictures, on a laptop
-    python train.py --data photos  # the paper's run, one GPU
-    torchrun --nproc_per_node=8 train.py --data photos.npy                           # the same run on eight
-    python train.py --resume                                                         # go on with ckpt.pt
+    python train.py --data photos --size 32 --width 16 --batch 32 --pictures 300000     # yours, on a laptop
+    python train.py --data photos                                                  # the paper's run, one GPU
+    torchrun --nproc_per_node=8 train.py --data photos.npy                         # the same run on eight
+    python train.py --resume                                                       # go on with ckpt.pt
 
 It writes ckpt.pt, ckpt.jsonl (the curve) and ckpt.png (held-out pictures, denoised) at every evaluation.
 """
-import argparse
+import contextlib
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
-import zipfile
+import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from unet import (FORMAT, Parser, Progress, UNet, UserError, check_outputs, duration, load_checkpoint,
+                  number, phi, printable, receptive_field, run, say, write)
 
 import numpy as np
 import torch
@@ -30,76 +35,656 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from unet import FORMAT, UNet, UserError, load_checkpoint, phi, receptive_field
+
+# Eq. 1 and A.3, Training
+
+def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
+    """The clean and noisy pictures of one global batch: x, y = x + σz (B, C, H, W), sigma (B, 1, 1, 1).
+
+    A function of (seed, step) only, so that a resumed run, another micro-batch or another number of processes
+    sees the same noise. Every process draws the whole batch's noise and uses its share.
+    """
+    x = to_batch(pictures_x[rows], device)
+    generator = seeded(device, seed, 1, step)
+    u = torch.rand(len(x), 1, 1, 1, generator=generator, device=device)
+    sigma = sigma_max * u ** 2                 # one a picture: p(σ) ∝ 1/√σ on [0, σ_max] (A.3)
+    # drawn with the channels last, as x lies in memory; contiguous normals are several times faster to draw
+    z = torch.randn(len(x), *x.shape[2:], x.shape[1], generator=generator, device=device).permute(0, 3, 1, 2)
+    return x, torch.addcmul(x, sigma, z), sigma
+
+
+def accumulate_gradient(model, x, y, batch, micro_batch, precision="fp32", stop=lambda done: False):
+    """Add ∇ of Eq. 1, summed over pixels and averaged over `batch` pictures, micro-batch by micro-batch.
+
+    x, y: (B, C, H, W), this process's share. Returns the loss of each picture (≤ B,) in the unit of pixels²;
+    fewer than B if stop(pictures done) became true.
+    """
+    losses = [x.new_zeros(0)]
+    for i in range(0, len(x), micro_batch):
+        if stop(i):
+            break
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            x_hat = model(y[i:i + micro_batch])
+        loss = (x_hat.float() - x[i:i + micro_batch]).square().sum((1, 2, 3))      # ‖x − x̂(x_σ)‖², Eq. 1
+        (loss.sum() / batch).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+
+def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False, **options):
+    """One step of Adam on Eq. 1: its loss (the mean over the batch, in pixels²), None if it was cut short.
+
+    x, y: this process's share of the batch; all processes take the same step. options: as for
+    `accumulate_gradient`. Raises FloatingPointError if the loss is not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss = accumulate_gradient(model, x, y, batch, micro_batch, **options)
+    total, cut = over_processes([loss.sum().item(), len(loss) < len(x)], x.device)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of {(~loss.isfinite()).sum()} pictures is not finite")
+    if cut:
+        return None
+    sum_gradients(model)
+    centralise(model)
+    if skips_closed:
+        for weight in skip_weights(model):
+            weight.grad[:, :weight.shape[0]] = 0
+    optimizer.step()
+    return total / batch
+
+
+@torch.no_grad()
+def centralise(model):
+    """Take from the gradient of each 3×3 filter its mean, (1, c_in, 3, 3) -> scalar (Yong et al. 2020).
+
+    M's inputs are not negative, so a filter whose weights all move the same way moves its channel up or down
+    for every picture alike; Adam makes that step as large as any other, and LayerNorm, which has no mean over
+    pictures, cannot take it out. Without this line a part of M's channels is on or off for all pictures after
+    ten steps at width 16, after three at width 64; their gradient is then 0 for good (README).
+    """
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.weight.grad -= conv.weight.grad.mean((1, 2, 3), keepdim=True)
+
+
+def skip_weights(model):
+    """The first layer of each decoder block, (d, 2d, 3, 3): input channels 0 … d−1 are the skip."""
+    return [model.blocks[f"D{k}"][0].weight for k in range(1, model.levels + 1)]
+
+
+def warm_up(epochs=None):
+    """The part of a run in which Adam's step grows and the skips are closed: a tenth; of the paper's, 1 %."""
+    return 0.01 if epochs is not None and epochs >= 1000 else 0.1
+
+
+def learning_rate(fraction, epochs=None):
+    """Adam's step size after a fraction of the run. It grows linearly to 1e-3 during the warm-up.
+
+    A.3, for runs of its 1000 epochs or more: 1e-3, halved every tenth. Shorter runs, which that would starve:
+    a linear fall to 0. epochs: the length of the run, None if only its minutes are known.
+    """
+    rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
+    if epochs is not None and epochs >= 1000:
+        return rate * 0.5 ** min(9, int(10 * fraction))
+    return rate * max(0, 1 - fraction)
+
+
+@torch.no_grad()
+def initialise(model, y, mean):
+    """The start of the network: one data-dependent pass, skips at 0, and x̂ at the mean colour.
+
+    y: (N, C, H, W), noisy: each channel of each LayerNorm and of each up-convolution gets mean 0 and variance
+    1 over it. mean: (C,). With PyTorch's own start all channels of M are almost alike, and φ is a constant.
+
+    The decoder's weights on the skips start at 0 and stay there during the warm-up: the network can then
+    denoise only through M, as an auto-encoder would, and learns to put the picture's gist there; then the
+    skips open for the detail. With open skips it never finds a reason to use M (README).
+
+    The output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
+    steps: 300 steps of 32 photos then gave 21.9 dB at σ = 0.1, and 19.8 dB without.
+    """
+    def whiten_norm(norm, inputs, _):
+        a = F.group_norm(inputs[0], 1, eps=norm.eps)
+        norm.weight.copy_(1 / a.std((0, 2, 3)).clamp_min(1e-3))
+        norm.bias.copy_(-a.mean((0, 2, 3)) * norm.weight)
+        return F.group_norm(inputs[0], 1, norm.weight, norm.bias, norm.eps)
+
+    def whiten_up(conv, _, out):
+        scale, mu = 1 / out.std((0, 2, 3)).clamp_min(1e-3), out.mean((0, 2, 3))
+        conv.weight.mul_(scale.view(1, -1, 1, 1))
+        conv.bias.copy_((conv.bias - mu) * scale)
+        return (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+
+    for weight in skip_weights(model):
+        weight[:, :weight.shape[0]] = 0
+    run_hooked(model, y, {nn.GroupNorm: whiten_norm, nn.ConvTranspose2d: whiten_up})
+    last = model.blocks["D1"][-1]
+    last.weight.zero_()
+    last.bias.copy_(torch.as_tensor(mean))
+
+
+def run_hooked(model, y, hooks):
+    """model(y), once, with a forward hook for each module of the given types, {type: hook}."""
+    with contextlib.ExitStack() as handles:                # taken off again at its end
+        for m in model.modules():
+            if type(m) in hooks:
+                handles.enter_context(m.register_forward_hook(hooks[type(m)]))
+        model(y)
+
+
+# Training: the loop
+
+def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=None,
+          stop=lambda: False, ready=lambda: None):
+    """Minimise Eq. 1 as A.3 does; writes `out`, its .jsonl and its .png. Returns True if the run is complete.
+
+    flags: what defines the run, as `complete_flags` returns it. resume: a checkpoint's dict to go on from.
+    save_every: seconds between evaluations, each with a save. stop: asked between micro-batches; the run then
+    saves and returns. Raises UserError for unusable data, a loss that is not finite, and a checkpoint that
+    cannot be written. ready: called once the pictures are read.
+    """
+    run = Run(flags, out, torch.device(device), resume, micro_batch, compiled)
+    ready()
+    describe(run)
+    stopped, losses, saved_at, failure = False, [], time.monotonic(), None
+    while run.fraction() < 1 and not stopped:
+        x, y, sigma = run.next_batch()
+        try:
+            loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
+                                 skips_closed=run.skips_closed(), precision=flags["precision"],
+                                 stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
+        except FloatingPointError as error:
+            raise UserError(f"step {run.step}, σ up to {sigma.max():.2f}: {error}; the last save of {out} is "
+                            f"as it was. Try another --seed or fp32") from None
+        if loss is not None:                   # a step cut short is dropped, and done again on --resume
+            run.step += 1
+            losses.append(loss)
+        # all processes take the latest clock for theirs, and stop if one of them is to
+        seconds, stopped = over_processes([run.seconds(), bool(stop())], run.device, dist.ReduceOp.MAX)
+        run.began = time.monotonic() - seconds
+        every = save_every or min(300, max(30, (seconds + run.progress.left(run.fraction())) / 12))
+        if stopped or run.fraction() >= 1 or time.monotonic() - saved_at > every:
+            failure = run.save(losses, measured=not stopped)         # Ctrl-C and SIGTERM save at once
+            losses, saved_at = [], time.monotonic()
+    if failure:
+        raise failure
+    return conclude(run)
+
+
+class Run:
+    """A training run: its network, optimiser, pictures and budget, and how far it has come.
+
+    step: steps of Adam done; seconds(): time spent, over all sessions; fraction(): of the budget, in [0, 1].
+    """
+
+    def __init__(self, flags, out, device, resume=None, micro_batch=None, compiled=False):
+        self.flags, self.out, self.device, seed = flags, out, device, flags["seed"]
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.pictures, self.rows, held_out = training_data(flags)
+        if resume and resume["fingerprint"] != self.pictures.fingerprint:
+            raise UserError(f"--data {flags['data']}: these are not the pictures that {out} was trained on")
+        self.held_out = np.random.default_rng((seed, 4)).permutation(held_out)
+        self.mean = (self.pictures.x[self.rows[:10_000]].mean((0, 1, 2)) / 255).tolist()  # the mean colour m
+        torch.manual_seed(seed)                # the same weights on every process
+        self.model, self.optimizer = new_network(flags, device)
+        self.step, elapsed, self.summary, self.curve = 0, 0.0, {}, []
+        if resume:
+            self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
+            self.model.load_state_dict(resume["weights"])
+            self.optimizer.load_state_dict(resume["optimizer"])
+            self.curve = read_curve(beside(out, ".jsonl"), self.step)
+        else:
+            first = batch_rows(self.rows, 0, min(flags["batch"], 64), seed)
+            _, y, _ = noisy_batch(self.pictures.x, first, 0, seed, flags["sigma_max"], device)
+            initialise(self.model, y, self.mean)
+            self.summary = dict(agreement_untrained=self.code_quality()["agreement"])
+        for p in self.model.parameters() if self.world > 1 else ():
+            dist.broadcast(p.data, 0)
+        if compiled:
+            self.model.compile()
+        self.micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
+        budgets = flags["pictures"], flags["epochs"] and flags["epochs"] * len(self.rows)
+        self.total = min((math.ceil(n / flags["batch"]) for n in budgets if n), default=math.inf)
+        self.limit = 60 * (flags["minutes"] or math.inf)   # it may end the run first: epochs are not known
+        self.epochs = None if flags["minutes"] else self.total * flags["batch"] / len(self.rows)
+        self.began = time.monotonic() - elapsed
+        self.first, self.progress = self.step, Progress(self.fraction())
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def fraction(self):
+        return min(1.0, max(self.step / self.total, self.seconds() / self.limit))
+
+    def rate(self):
+        """Pictures a second, of this session."""
+        return (self.step - self.first) * self.flags["batch"] / (time.monotonic() - self.progress.start)
+
+    def skips_closed(self):
+        """During the warm-up; once open, they stay so, also when a run is lengthened."""
+        opened = any(w[:, :w.shape[0]].any() for w in skip_weights(self.model))
+        return not opened and self.fraction() < warm_up(self.epochs)
+
+    def next_batch(self):
+        """x, y, sigma of this process's share of the next batch; Adam's rate is set for it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.fraction(), self.epochs)
+        batch, seed, sigma_max = (self.flags[k] for k in ("batch", "seed", "sigma_max"))
+        rows = batch_rows(self.rows, self.step, batch, seed)
+        share = slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+        return (v[share] for v in noisy_batch(self.pictures.x, rows, self.step, seed, sigma_max, self.device))
+
+    def show(self, done):
+        """Status line after `done` of this process's share of a step."""
+        found, text = self.summary, f"{peak_memory(self.device):.1f} GiB"
+        if "psnr" in found:
+            psnr = " ".join(f"{v:.1f}" for sigma, v in found["psnr"].items() if sigma in (0.1, 0.5))
+            text = f"PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
+        step = self.step + done / self.flags["batch"] * self.world
+        self.progress(max(step / self.total, self.seconds() / self.limit), f"{self.rate():.0f}/s  {text}")
+
+    def code_quality(self):
+        """Spread and class agreement of φ, of training pictures too: few held-out *files* make many tiles."""
+        rows = np.concatenate([self.held_out[:500], self.rows[epoch_order(len(self.rows), 0, 0)[:1000]]])
+        v = code(self.model, to_batch(self.pictures.x[rows], self.device), 2)
+        return dict(spread(v), agreement=class_agreement(v, self.pictures.labels[rows]))
+
+    def measure(self):
+        """Held-out PSNR, the use of M, and what φ is worth: a dict for the curve."""
+        x = to_batch(self.pictures.x[self.held_out[:256]], self.device)
+        psnr = evaluate(self.model, x, self.micro, self.flags["sigma_max"], self.flags["precision"])
+        between = torch.pdist(code(self.model, x[:64]))
+        return dict(psnr=psnr, use=use_of_M(self.model, x[:128]), **self.code_quality(),
+                    phi_distance=float(between.mean()) if len(between) else None)
+
+    def save(self, losses, measured=True):
+        """Write the checkpoint, the curve and the picture; with `measured`, evaluate first.
+
+        Returns the UserError, which it has said, if they cannot be written: there may be room next time.
+        """
+        if self.rank:
+            return None
+        model, flags, seen = self.model, self.flags, self.step * self.flags["batch"]
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"the weights are not finite after step {self.step}; {self.out} is as it was")
+        self.summary = {
+            **self.summary, **(self.measure() if measured else {}), "step": self.step,
+            "epoch": seen / len(self.rows), "pictures_seen": seen,
+            "loss": float(np.mean(losses)) if losses else None,
+            "lr": self.optimizer.param_groups[0]["lr"], "minutes": self.seconds() / 60,
+            "images_per_second": self.rate(), "memory_gib": peak_memory(self.device),
+            "training_pictures": len(self.rows), "device": str(self.device)}
+        self.curve += [self.summary] if measured else []
+        checkpoint = dict(
+            format=FORMAT, model={k: flags[k] for k in ("width", "channels", "levels")}, mean=self.mean,
+            weights=model.state_dict(), optimizer=self.optimizer.state_dict(), size=flags["size"],
+            sigma_max=flags["sigma_max"], flags=flags, step=self.step, elapsed=self.seconds(),
+            fingerprint=self.pictures.fingerprint, training=self.summary)
+        buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
+        torch.save(checkpoint, buffer)
+        try:
+            with write(self.out) as file:
+                file.write(buffer.getbuffer())
+            with write(beside(self.out, ".jsonl")) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in self.curve).encode())
+            if measured:
+                x = to_batch(self.pictures.x[self.held_out[:8]], self.device)
+                with write(beside(self.out, ".png")) as file:
+                    draw_evaluation(model, x, self.curve).save(file, "png")
+        except UserError as error:
+            say(str(error))
+            return error
+
+
+def describe(run):
+    """Say at the start what will be done, with what."""
+    flags, model, sees = run.flags, run.model, receptive_field(run.model.levels)
+    budget = " or ".join(f"{flags[name]:,g} {name}" for name in BUDGETS if flags[name])
+    say(f"device        {run.device}, {run.world} process{'es' * (run.world > 1)}, {flags['precision']}")
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"network       width {model.width}, {model.levels} levels, {parameters:.2f} M parameters; M sees "
+        f"{sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
+    say(f"pictures      {len(run.rows)} to train on, {len(run.held_out)} held out, {flags['size']}×"
+        f"{flags['size']}×{model.channels}, {len(run.pictures.classes)} classes, "
+        f"{len(run.pictures.skipped)} files skipped")
+    for line in run.pictures.skipped[:3]:
+        say(f"  skipped     {line}")
+    say(f"batch         {flags['batch']} in micro-batches of {run.micro}")
+    say(f"run           {budget}" + f", resumed at step {run.step}" * bool(run.step))
+
+
+def conclude(run):
+    """Say at the end how it went and what comes next; True if the run is complete."""
+    complete, out, found, spent = run.fraction() >= 1, run.out, run.summary, duration(run.seconds())
+    if run.step == run.first and complete:
+        say(f"{out}: already complete ({run.step} steps, {spent}); a larger --pictures, --epochs or "
+            f"--minutes makes it longer")
+        return True
+    say(f"{'complete' if complete else 'stopped'} after {run.step} steps, "
+        f"{run.step * run.flags['batch']:,} pictures, {spent}")
+    if "psnr" in found:
+        psnr, use = (", ".join(f"{v:.2f} dB (σ {s:g})" for s, v in found[k].items()) for k in ("psnr", "use"))
+        labelled = "" if found["agreement"] is None else (
+            f"; class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
+        say(f"held-out PSNR {psnr}")
+        say(f"use of M      {use}; cosine of φ between pictures {found['cosine']:.2f}, "
+            f"{found['silent']} channels silent{labelled}")
+    say(f"wrote {out}, {beside(out, '.jsonl')}, {beside(out, '.png')}")
+    say(f"next: python sample.py {out}; python analyze.py {out}" if complete else
+        f"go on with: python train.py --out {out} --resume")
+    return complete
+
+
+def new_network(flags, device):
+    """A network for these flags, and its optimiser."""
+    model = UNet(flags["width"], flags["channels"], flags["levels"]).to(device)
+    return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
+
+
+def beside(out, suffix):
+    """ckpt.pt -> ckpt.jsonl, ckpt.png: what stands beside the checkpoint."""
+    return str(Path(out).with_suffix(suffix))
+
+
+def read_curve(path, step):
+    """The records of a .jsonl up to `step`, σ as numbers again; none if it is gone."""
+    numbers = lambda record: {float(k) if k[0].isdigit() else k: v for k, v in record.items()}
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+        records = [json.loads(line, object_hook=numbers) for line in lines]
+        return [record for record in records if record["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+@contextlib.contextmanager
+def only_run(out):
+    """A lock beside the checkpoint: UserError if another run on this machine is writing it."""
+    path = f"{os.path.realpath(out)}.lock"
+    with open(path, "a+") as file:
+        try:
+            import fcntl                       # its locks end with the process, however that ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                    # Windows: no lock
+            pass
+        except OSError:
+            file.seek(0)
+            raise UserError(f"--out {out}: process {file.read().strip()} is training it now") from None
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    """The seeded permutation of 0 … n−1 in which an epoch visits the training pictures."""
+    return np.random.default_rng((seed, 2, epoch)).permutation(n)
+
+
+def batch_rows(train, step, batch, seed):
+    """Rows of global batch `step`: epochs laid end to end and cut: every picture counts equally."""
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), len(train))
+    return np.concatenate([train[epoch_order(len(train), seed, epoch)[places[epochs == epoch]]]
+                           for epoch in np.unique(epochs).tolist()])
+
+
+def seeded(device, *words):
+    """A torch.Generator on `device` for these integers: no noise depends on what was drawn before."""
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def over_processes(numbers, device, op=dist.ReduceOp.SUM):
+    """A few numbers, summed (or by `op`) over all processes, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    dist.all_reduce(numbers, op)
+    return numbers.tolist()
+
+
+def sum_gradients(model):
+    """Sum the gradients over all processes, in place and in one message."""
+    if dist.is_initialized():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for p, g, part in zip(model.parameters(), grads, flat.split([g.numel() for g in grads])):
+            p.grad = g.copy_(part.view_as(g))
+
+
+def peak_memory(device):
+    """Peak memory in GiB: resident on a CPU, allocated on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if sys.platform == "win32":
+        return math.nan                        # no `resource` there, and no other way to ask
+    import resource
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20            # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def fitting_micro_batch(flags, device):
+    """Pictures whose activations fit: 256 MiB on a CPU (more is no faster), half of a GPU's free memory."""
+    width, levels, size = flags["width"], flags["levels"], flags["size"]
+    # per level 8 layers, each kept before and after its normalisation, and three maps' worth of concatenation
+    layers = sum(19 * width * 2 ** k * (size // 2 ** k) ** 2 for k in range(levels))
+    layers += 6 * width * 2 ** levels * (size // 2 ** levels) ** 2
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 ** 28
+    return max(1, room // (4 * layers))
+
+
+# Evaluation, on held-out pictures: is it learning, and through M?
+
+SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
+
+
+@torch.no_grad()
+def held_out_psnr(model, x, sigma, micro_batch=128, precision="fp32", swap_M=False):
+    """10 log₁₀(1 / mean squared error) of x̂(x + σz), in dB, always with the same z; x: (N, C, H, W).
+
+    swap_M: every picture's M-maps are those of another, the one before it (for N = 1 its own).
+    """
+    generator, error = seeded(x.device, 3, round(1000 * sigma)), 0.0
+    for clean in x.tensor_split(math.ceil(len(x) / max(2, micro_batch))):
+        y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            maps, skips = model.encode(y)
+            x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
+        error += (x_hat.float() - clean).square().sum().item()
+    return -10 * math.log10(max(error, 1e-30) / x.numel())
+
+
+def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32"):
+    """Held-out PSNR at each σ that training has seen, {σ: dB}; arguments as for `held_out_psnr`."""
+    seen = [s for s in SIGMAS if s <= sigma_max] or [sigma_max]
+    return {sigma: held_out_psnr(model, x, sigma, micro_batch, precision) for sigma in seen}
+
+
+def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
+    """{σ: dB of PSNR lost when every picture's M-maps are another picture's}, for x (N, C, H, W).
+
+    0: the decoder does not listen to M, and φ, whatever it says about pictures, is not what denoises them.
+    """
+    return {sigma: held_out_psnr(model, x, sigma, **options)
+            - held_out_psnr(model, x, sigma, swap_M=True, **options) for sigma in sigmas}
+
+
+def code(model, x, draws=20):
+    """φ at σ = 0.3, (N, d), always with the same noise: what distances between pictures are measured in."""
+    return torch.cat([phi(model, part, 0.3, draws, seeded(x.device, 77, i))
+                      for i, part in enumerate(x.split(256))])
+
+
+def spread(code):
+    """dict(cosine: the mean between two pictures' φ; silent: channels that are 0 for all); code: (N, d)."""
+    u, n = F.normalize(code, dim=1), len(code)
+    cosine = (u.sum(0).square().sum() - u.square().sum()) / max(1, n * (n - 1))
+    return dict(cosine=float(cosine), silent=int((code.amax(0) <= 1e-6).sum()))
+
+
+def aliveness(model, x):
+    """Is φ a code that the denoiser uses? dict(use of M {σ: dB}, cosine, silent), for x (N, C, H, W)."""
+    return dict(use=use_of_M(model, x), **spread(code(model, x, 4)))
+
+
+def class_agreement(code, labels, k=10):
+    """Share of the k nearest by cosine that have the picture's own class, a mean over pictures.
+
+    code: (N, d); labels: (N,), −1 for no class: left out. None if there are not two classes.
+    """
+    code, labels = code[labels >= 0], labels[labels >= 0]
+    k = min(k, len(labels) - 1)
+    if k < 1 or len(set(labels)) < 2:
+        return None
+    u = F.normalize(code.flatten(1), dim=1)
+    near = (u @ u.T).fill_diagonal_(-math.inf).topk(k, 1).indices.cpu().numpy()
+    return float((labels[near] == labels[:, None]).mean())
+
 
 # A.2, Pictures
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
-              ".jp2", ".avif"}
+EXTENSIONS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif".split())
 
 
 class Pictures(NamedTuple):
     """A data set, decoded once. Everything but `x` is small."""
     x: np.ndarray           # (N, H, W, C) uint8
-    paths: list             # N names: the file, and the tile or row in it
+    paths: list             # N names: the file, and the row or tile in it
     labels: np.ndarray      # (N,) index into `classes`, −1 for none; never used in training
-    classes: list           # names of the sub-folders
+    classes: list           # names of the sub-folders; with tiles and no sub-folders, of the pictures
     groups: np.ndarray      # (N,) pictures of one group stay on one side of every split
     skipped: list           # "file: reason" for each file that could not be used
     fingerprint: str        # hash of the pictures, whatever their order
 
 
-def flatten_mode(image):
-    """A PIL image of any mode, upright, as 8-bit "L" or "RGB": alpha over white, 16 bits reduced to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):             # 16-bit gray; convert("L") would clip it at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("L" if image.mode == "1" else "RGB")
+def load_pictures(data=None, size=64, channels=3, patches=False):
+    """Read a data set: a folder, a .npy/.npz file, "disc", "calpha:A", or None for the built-in pictures.
 
-
-def to_pixels(image, size, channels, patches=False):
-    """A PIL image -> (k, size, size, channels) uint8.
-
-    k = 1: the central square, resized with antialiasing; or, with `patches`, every non-overlapping size×size
-    tile at full resolution. Raises ValueError if the picture is smaller than one tile.
+    x is (N, size, size, channels). Raises UserError when nothing is usable, and says what was looked for.
     """
-    if not patches:  # a large JPEG is decoded at a fraction of its size, at least 2·size
-        image.draft(None, (2 * size, 2 * size))
-    image = flatten_mode(image).convert("L" if channels == 1 else "RGB")
-    w, h = image.size
-    if patches:
-        if min(w, h) < size:
-            raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
-        tiles = np.asarray(image)[:h // size * size, :w // size * size].reshape(
-            h // size, size, w // size, size, channels)
-        return tiles.transpose(0, 2, 1, 3, 4).reshape(-1, size, size, channels)
-    if (w, h) != (size, size):
-        s = min(w, h)
-        box = ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2)
-        image = image.resize((size, size), Image.BICUBIC, box=box)
-    return np.asarray(image).reshape(1, size, size, channels)
+    if is_synthetic(data):
+        x, labels, classes = builtin_pictures(20_000, size, channels, data)
+        paths, source, skipped = [f"{data or 'built-in'}#{i}" for i in range(len(x))], np.arange(len(x)), []
+    else:
+        parts, sources, skipped, names, kinds = deque(), [], [], [], []
+        files = list_files(data, EXTENSIONS)
+        inside = [Path(f).relative_to(data).parts[:-1] for f in files]
+        folder = files, files, [p[0] if p else None for p in inside]           # class: the first sub-folder
+        for items, their_names, their_kinds in [folder] if files else arrays(data):
+            part, source, unusable = decode(items, their_names, size, channels, patches)
+            parts.append(part)
+            sources.append(source + len(names))
+            skipped, names, kinds = skipped + unusable, names + their_names, kinds + their_kinds
+        x, source = joined(parts), np.concatenate(sources)
+        if not len(x):
+            raise UserError(f"--data {data}: none of its {len(skipped)} pictures could be used, for instance "
+                            + "; ".join(skipped[:3]))
+        if patches and not any(kinds):
+            kinds = [Path(name).stem for name in names]
+        classes = sorted(set(kinds) - {None}, key=lambda c: (len(c) * c.isdigit(), c))     # "10" after "9"
+        number_of = {name: k for k, name in enumerate(classes)}
+        labels = np.array([number_of.get(k, -1) for k in kinds], int)[source]
+        tile = np.arange(len(x)) - np.searchsorted(source, source)
+        paths = [names[s] + f"#{t}" * patches for s, t in zip(source, tile)]
+    hashes, constant = hash_pictures(x)
+    fingerprint = hashlib.blake2b(np.sort(hashes).tobytes(), digest_size=8).hexdigest()
+    return Pictures(x, paths, labels, classes, join_groups(source, hashes, constant), skipped, fingerprint)
 
 
-def load_picture(path, size=None, channels=3):
-    """One picture file -> (H, W, channels) uint8: as in training if `size` is given, else at full resolution.
+def is_synthetic(data):
+    """Does --data name pictures that are computed, not read?"""
+    return data is None or data == "disc" or data.startswith("calpha:")
 
-    Raises UserError if the file cannot be read as a picture.
+
+def arrays(data):
+    """The pictures of a .npy, a .npz, or of each .npz in a folder: yields (N, H, W, C) uint8, names, classes.
+
+    A .npz's pictures are its `data`, or its first uint8 array; the classes its `labels`, else all None.
     """
-    try:
-        with Image.open(path) as image:
-            if size:
-                return to_pixels(image, size, channels)[0]
-            image = flatten_mode(image).convert("L" if channels == 1 else "RGB")
-            return np.asarray(image).reshape(image.height, image.width, channels)
-    except Exception as error:                 # damaged files raise nearly anything, by format
-        raise UserError(f"{path}: cannot be read as a picture ({str(error).splitlines()[0]})") from None
+    if not os.path.exists(data):
+        raise UserError(f"--data {data}: no such file or folder")
+    files = list_files(data, {".npz"}) if os.path.isdir(data) else [data]
+    if not files or not files[0].lower().endswith((".npy", ".npz")):
+        raise UserError(f"--data {data}: looked for a folder (searched to any depth) with pictures "
+                        f"({' '.join(sorted(EXTENSIONS))}) or .npz batches, or one .npy or .npz file; found "
+                        f"none")
+    for path in files:
+        try:
+            x, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
+            if not isinstance(x, np.ndarray):
+                file, labels = x, x["labels"] if "labels" in x.files else None
+                x = file["data"] if "data" in file.files else next(
+                    (a for a in map(file.get, file.files) if a.dtype == np.uint8 and a.ndim > 1), np.zeros(0))
+        except Exception as error:             # numpy and zipfile raise nearly anything for a damaged file
+            reason = error or type(error).__name__
+            raise UserError(f"{path}: not a whole {path[-4:]} file ({reason})") from None
+        side = math.isqrt(x.shape[1] // 3) if x.ndim == 2 else 0
+        if side and x.shape[1] == 3 * side * side:         # ImageNet64: all red, all green, all blue
+            x = x.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+        x = x[..., None] if x.ndim == 3 else x
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
+            raise UserError(f"{path}: pictures must be uint8 of shape (N, H, W), (N, H, W, 1), (N, H, W, 3) "
+                            f"or (N, 3·side²); this is {x.dtype} {x.shape}")
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(x),)):
+            raise UserError(f"{path}: labels must be {len(x)} integers; these are {labels.dtype} "
+                            f"{labels.shape}")
+        kinds = [None] * len(x) if labels is None else [str(v) if v >= 0 else None for v in labels]
+        yield x, [f"{path}#{i}" for i in range(len(x))], kinds
+
+
+def decode(items, names, size, channels, patches):
+    """Files, or arrays (H, W, C), in parallel -> (x, source (n,) index of each one's item, skipped)."""
+    if isinstance(items, np.ndarray) and items.shape[1:] == (size, size, channels):
+        return items, np.arange(len(items)), []            # a .npy stays on the disk
+    skipped, counts, parts, progress = {}, np.zeros(len(items), int), deque(), Progress()
+
+    def read(block):
+        tiles = [np.empty((0, size, size, channels), np.uint8)]
+        for i in block:
+            try:
+                with open_picture(items[i]) as image:
+                    tiles.append(to_pixels(image, size, channels, patches))
+                counts[i] = len(tiles[-1])
+            except Exception as error:         # damaged files raise nearly anything, by format
+                skipped[i] = f"{names[i]}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        return np.concatenate(tiles)
+
+    blocks = [range(i, min(i + 64, len(items))) for i in range(0, len(items), 64)]
+    with without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for tiles in pool.map(read, blocks):
+            parts.append(tiles)
+            progress(len(parts) / len(blocks), "reading pictures")
+    return joined(parts), np.repeat(np.arange(len(items)), counts), [skipped[i] for i in sorted(skipped)]
+
+
+def joined(parts):
+    """The arrays of a deque in one, each freed once it is copied: the data are never there twice."""
+    if len(parts) == 1:
+        return parts.pop()
+    x, row = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.uint8), 0
+    while parts:
+        part = parts.popleft()
+        x[row:row + len(part)] = part
+        row += len(part)
+    return x
+
+
+@contextlib.contextmanager
+def without_warnings():
+    """Damaged pictures are reported by us: silences Python's warnings, and libtiff's, written to stderr."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:   # there may be no stderr at all
+            kept = os.dup(2)
+            afterwards.callback(os.close, kept)
+            afterwards.callback(os.dup2, kept, 2)          # the last one in is the first one out
+            os.dup2(nowhere.fileno(), 2)
+        yield
 
 
 def list_files(folder, extensions):
@@ -116,239 +701,127 @@ def list_files(folder, extensions):
     return sorted(found)
 
 
-def npz_member(path):
-    """The pictures in a .npz: (member's name, shape), by the key `data` or the first of a known shape."""
-    with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if n.endswith(".npy")]
-        for name in sorted(names, key=lambda n: n != "data.npy"):
-            with archive.open(name) as f:
-                shape, fortran, dtype = npy_header(f)
-            if dtype == np.uint8 and not fortran and planar_side(shape):
-                return name, shape
-    raise UserError(f"{path}: holds no uint8 array of shape (N, H, W), (N, H, W, 1), (N, H, W, 3) or "
-                    f"(N, 3·side²); it has {', '.join(names) or 'nothing'}")
+def open_picture(item):
+    """A PIL image of a file, or of an array (H, W, C)."""
+    if isinstance(item, str):
+        return Image.open(item)
+    return Image.fromarray(np.ascontiguousarray(item.squeeze(-1) if item.shape[-1] == 1 else item))
 
 
-def npy_header(f):
-    """(shape, fortran_order, dtype) of a .npy stream, leaving it at the first byte of the data."""
-    if np.lib.format.read_magic(f) == (1, 0):
-        return np.lib.format.read_array_header_1_0(f)
-    return np.lib.format.read_array_header_2_0(f)
+def load_picture(path, size=None, channels=3, patches=False):
+    """One picture file -> (H, W, channels) uint8: as in training if `size` is given, else at full resolution.
 
-
-def planar_side(shape):
-    """(H, W, C, planar?) of pictures in an array of this shape, or None. ImageNet64: (N, 3·64·64), planar."""
-    if len(shape) == 3:
-        return shape[1], shape[2], 1, False
-    if len(shape) == 4 and shape[3] in (1, 3):
-        return *shape[1:], False
-    side = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
-    return (side, side, 3, True) if side and shape[1] == 3 * side * side else None
-
-
-def array_chunks(path, rows=2048):
-    """Yield a .npy's or .npz's pictures as (k, H, W, C) uint8, a few at a time: constant memory."""
-    if path.endswith(".npy"):
-        array = np.load(path, mmap_mode="r")
-        h, w, c, planar = planar_side(array.shape)
-        for i in range(0, len(array), rows):
-            yield planar_to_last(array[i:i + rows], h, w, c, planar)
-        return
-    name, shape = npz_member(path)
-    h, w, c, planar = planar_side(shape)
-    with zipfile.ZipFile(path) as archive, archive.open(name) as f:
-        npy_header(f)
-        for i in range(0, shape[0], rows):
-            k = min(rows, shape[0] - i)
-            yield planar_to_last(np.frombuffer(f.read(k * h * w * c), np.uint8), h, w, c, planar)
-
-
-def planar_to_last(flat, h, w, c, planar):
-    """Pictures in any of the layouts of `planar_side` -> (k, H, W, C)."""
-    return flat.reshape(-1, c, h, w).transpose(0, 2, 3, 1) if planar else flat.reshape(-1, h, w, c)
-
-
-def array_shape(path):
-    """(N, H, W, C) of the pictures in a .npy or .npz. Raises UserError if there are none."""
+    As in training: the central square, resized; with `patches` the central tile at full resolution. Raises
+    UserError if the file cannot be read as a picture, or is smaller than a tile.
+    """
     try:
-        if path.endswith(".npz"):
-            shape = npz_member(path)[1]
-        else:
-            array = np.load(path, mmap_mode="r")
-            shape = array.shape
-            if array.dtype != np.uint8 or not planar_side(shape):
-                raise UserError(f"{path}: pictures must be uint8 of shape (N, H, W), (N, H, W, 1) or "
-                                f"(N, H, W, 3); this is {array.dtype} {shape}")
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
-        raise UserError(f"{path}: not a whole {path[-4:]} file") from None
-    return shape[0], *planar_side(shape)[:3]
+        with without_warnings(), Image.open(path) as image:
+            if patches or not size:
+                image = flatten(image, channels)
+            if not size:
+                return np.asarray(image).reshape(image.height, image.width, channels)
+            if patches and min(image.size) >= size:
+                left, top = ((side - size) // 2 for side in image.size)
+                image = image.crop((left, top, left + size, top + size))
+            return to_pixels(image, size, channels, patches)[0]
+    except Exception as error:                 # damaged files raise nearly anything, by format
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
-def array_labels(path, n):
-    """The integer array `labels` of an .npz, as ImageNet64 has it, or −1 for every picture."""
-    if path.endswith(".npz"):
-        with np.load(path) as archive:
-            if "labels" in archive.files and archive["labels"].shape == (n,):
-                return archive["labels"].astype(np.int64)
-    return np.full(n, -1)
+def to_pixels(image, size, channels, patches=False):
+    """A PIL image -> (1, size, size, channels) uint8: the central square, resized with antialiasing.
 
-
-def load_folder(folder, files, size, channels, patches):
-    """Decode files in parallel into one uint8 array: (x, paths, labels, classes, source, skipped)."""
-    count = np.ones(len(files), int)
-    skipped = {}
-
-    def measure(i):                            # tiles per file, from its header alone
-        try:
-            with Image.open(files[i]) as image:
-                count[i] = (image.width // size) * (image.height // size)
-        except Exception:                      # decode() below says why
-            pass
-
-    def decode(i):
-        try:
-            with Image.open(files[i]) as image:
-                pixels = to_pixels(image, size, channels, patches)
-            x[start[i]:start[i] + len(pixels)] = pixels
-        except Exception as error:             # damaged files raise nearly anything, by format
-            skipped[i] = f"{files[i]}: {(str(error) or type(error).__name__).splitlines()[0]}"
-
-    blocks = [range(i, min(i + 64, len(files))) for i in range(0, len(files), 64)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if patches:
-            list(pool.map(lambda block: [measure(i) for i in block], blocks))
-        start = np.cumsum(count) - count
-        x = np.empty((count.sum(), size, size, channels), np.uint8)
-        clock, done = time.time(), 0
-        for block in pool.map(lambda block: [decode(i) for i in block], blocks):
-            done += len(block)
-            if time.time() - clock > 5:
-                clock = time.time()
-                print(f"reading pictures: {done} of {len(files)}", flush=True)
-
-    source = np.repeat(np.arange(len(files)), count)
-    keep = np.flatnonzero(~np.isin(source, list(skipped)))
-    for to, row in enumerate(keep):            # in place: a copy would double the memory
-        if to != row:
-            x[to] = x[row]
-    x, source = x[:len(keep)], source[keep]
-    parts = [Path(f).relative_to(folder).parts for f in files]
-    classes = sorted({p[0] for p in parts if len(p) > 1})
-    label = np.array([classes.index(p[0]) if len(p) > 1 else -1 for p in parts], int)
-    tile = [f"#{i - start[s]}" if patches else "" for i, s in zip(keep, source)]
-    paths = [files[s] + t for s, t in zip(source, tile)]
-    return x, paths, label[source], classes, source, [skipped[i] for i in sorted(skipped)]
-
-
-def load_arrays(files, size, channels, patches):
-    """Pictures from .npy and .npz files; as `load_folder`. A .npy of the right shape stays memory-mapped."""
-    shapes = [array_shape(f) for f in files]
-    tiles = [(h // size) * (w // size) if patches else 1 for _, h, w, _ in shapes]
-    for f, (_, h, w, _), t in zip(files, shapes, tiles):
-        if t == 0:
-            raise UserError(f"{f}: pictures of {w}×{h} hold no {size}×{size} tile; give a smaller --size")
-    n = [s[0] for s in shapes]
-    names = np.concatenate([array_labels(f, k) for f, k in zip(files, n)])
-    values = [int(v) for v in np.unique(names[names >= 0])]
-    labels = np.where(names >= 0, np.searchsorted(values, names), -1)
-    fits = [s[1:] == (size, size, channels) for s in shapes]
-    if len(files) == 1 and files[0].endswith(".npy") and fits[0]:
-        x = np.load(files[0], mmap_mode="r").reshape(n[0], size, size, channels)
-    else:
-        x, row = np.empty((int(np.dot(n, tiles)), size, size, channels), np.uint8), 0
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for f, ok in zip(files, fits):
-                for chunk in array_chunks(f):
-                    if not ok:
-                        chunk = np.concatenate(list(pool.map(lambda a: to_pixels(
-                            Image.fromarray(np.ascontiguousarray(a.squeeze(-1) if a.shape[-1] == 1 else a)),
-                            size, channels, patches), chunk)))
-                    x[row:row + len(chunk)] = chunk
-                    row += len(chunk)
-    each = np.repeat(tiles, n)                 # tiles of every picture
-    source = np.repeat(np.arange(sum(n)), each)
-    paths = [f"{f}#{i}" for f, k, t in zip(files, n, tiles) for i in range(k * t)]
-    return x, paths, labels[source], [str(v) for v in values], source, []
-
-
-def load_pictures(data=None, size=64, channels=3, patches=False):
-    """Read a data set: a folder, a .npy/.npz file, "disc", "calpha:A", or None for the built-in pictures.
-
-    Returns Pictures with x (N, size, size, channels) uint8. Raises UserError when there is nothing usable,
-    and says what was looked for.
+    With `patches`: all its k size×size tiles at full resolution, (k, …); ValueError if there is none.
     """
-    if data is None or data == "disc" or data.startswith("calpha:"):
-        x, labels, classes = builtin_pictures(20_000, size, channels, data)
-        paths, source, skipped = [f"{data or 'built-in'}#{i}" for i in range(len(x))], np.arange(len(x)), []
-    else:
-        if not os.path.exists(data):
-            raise UserError(f"--data {data}: no such file or folder")
-        if os.path.isdir(data):
-            files = list_files(data, EXTENSIONS)
-            arrays = [] if files else list_files(data, {".npz"})
-        else:
-            files, arrays = [], [data] if data.endswith((".npy", ".npz")) else []
-        if not files and not arrays:
-            raise UserError(f"--data {data}: looked for a folder (searched to any depth) with pictures "
-                            f"({' '.join(sorted(EXTENSIONS))}) or .npz batches, or one .npy or .npz file; "
-                            f"found none")
-        if files:
-            x, paths, labels, classes, source, skipped = load_folder(data, files, size, channels, patches)
-        else:
-            x, paths, labels, classes, source, skipped = load_arrays(arrays, size, channels, patches)
-        if not len(x):
-            raise UserError(f"--data {data}: none of its {len(skipped)} picture files could be used, "
-                            "for instance " + "; ".join(skipped[:3]))
-    digest = lambda rows: [hashlib.blake2b(x[i].tobytes(), digest_size=8).digest() for i in rows]
+    if not patches:                            # a large JPEG is decoded at a fraction, at least 2·size
+        image.draft(None, (2 * size, 2 * size))
+    image = flatten(image, channels)
+    w, h = image.size
+    if patches:
+        if min(w, h) < size:
+            raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
+        down, across = h // size, w // size
+        tiles = np.asarray(image)[:down * size, :across * size].reshape(down, size, across, size, channels)
+        return tiles.swapaxes(1, 2).reshape(-1, size, size, channels)
+    s = min(w, h)
+    box = (w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2
+    return np.asarray(image.resize((size, size), Image.BICUBIC, box=box)).reshape(1, size, size, channels)
+
+
+def flatten(image, channels):
+    """A PIL image of any mode, upright, as 8-bit "L" or "RGB": alpha over white, 16 bits reduced to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):             # 16-bit gray; convert("L") would clip it at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB") if channels == 3 else image.convert("RGB").convert("L")
+
+
+def to_batch(x, device):
+    """(B, H, W, C) uint8 -> (B, C, H, W) float in [0, 1] on `device`, channels-last in memory."""
+    return torch.from_numpy(np.array(x, order="C")).to(device).permute(0, 3, 1, 2).float().div_(255)
+
+
+def to_uint8(x):
+    """[0, 1] -> 0 … 255, rounded."""
+    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def hash_pictures(x):
+    """(N,) uint64, a hash of each picture's pixels, and (N,) bool: is it of one colour throughout?"""
+    def of(rows):
+        return [(hashlib.blake2b(x[i].tobytes(), digest_size=8).digest(), (x[i] == x[i, 0, 0]).all())
+                for i in rows]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = [range(i, min(i + 256, len(x))) for i in range(0, len(x), 256)]
-        hashes = np.frombuffer(b"".join(d for block in pool.map(digest, blocks) for d in block), np.uint64)
-    fingerprint = hashlib.blake2b(np.sort(hashes).tobytes(), digest_size=8).hexdigest()
-    return Pictures(x, paths, labels, classes, join_groups(source, hashes), skipped, fingerprint)
+        blocks = pool.map(of, [range(i, min(i + 256, len(x))) for i in range(0, len(x), 256)])
+        digests, constant = zip(*itertools.chain.from_iterable(blocks))
+    return np.frombuffer(b"".join(digests), np.uint64), np.array(constant)
 
 
-def join_groups(source, hashes):
-    """Group id of every picture: those cut from one file, and exact duplicates, share one, transitively.
+def join_groups(source, hashes, constant):
+    """Group of every picture: those cut from one file, and exact duplicates, share one, transitively.
 
-    source: (N,) index of the file; hashes: (N,) uint64. The id is the smallest hash in the group, so that it
-    depends on the pictures alone and not on their names or order.
+    source: (N,) index of the file; hashes: (N,) uint64; constant: (N,) bool: blank tiles join no files.
+    A group is named by its smallest hash: that depends on the pictures alone, not on their names or order.
     """
-    hashes_of = np.unique(hashes, return_inverse=True)[1]
-    parent = list(range(hashes_of.max() + 1))  # union-find over distinct pictures
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first = {}
-    for s, h in zip(source.tolist(), hashes_of.tolist()):
-        a, b = root(first.setdefault(s, h)), root(h)
-        parent[max(a, b)] = min(a, b)  # `unique` sorted the hashes: the root is the smallest of its group
-    return np.unique(hashes)[[root(h) for h in hashes_of.tolist()]]
+    hashes = hashes.copy()
+    for h in np.unique(hashes[constant]):                  # each blank one gets a hash of its own
+        same = np.flatnonzero(hashes == h)
+        hashes[same] += np.arange(len(same), dtype=np.uint64)
+    groups, kinds = hashes, (source, np.unique(hashes, return_inverse=True)[1])
+    while True:
+        least = groups
+        for kind in kinds:
+            smallest = np.full(kind.max() + 1, np.uint64(2 ** 64 - 1))
+            np.minimum.at(smallest, kind, least)
+            least = smallest[kind]
+        if (least == groups).all():
+            return groups
+        groups = least
 
 
 def split(pictures, val=0.05, seed=0):
     """Seeded split into (training, held-out) indices; depends only on the pictures and the seed.
 
-    At most 2,000 and at least one picture are held out. No group (tiles of one picture, exact duplicates) has
-    members on both sides; a group larger than what is to be held out stays in training. Raises UserError if
-    that leaves none.
+    1 to 2,000 are held out; no group (tiles of one picture, exact duplicates) has members on both sides, and
+    one larger than what is to be held out stays in training. Raises UserError if that leaves none.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
     room = min(max(1, round(val * len(pictures.x))), 2000)
     held_out, train = [], []
-    for group in members:
-        if len(group) <= room and len(members) > 1:
-            held_out.append(group)
-            room -= len(group)
-        else:
-            train.append(group)
-    if not held_out and len(members) > 1:      # every group is larger than asked for: the smallest one, then
+    for group in members if len(members) > 1 else ():
+        fits = len(group) <= room
+        (held_out if fits else train).append(group)
+        room -= len(group) * fits
+    if train and not held_out:                 # every group is larger than asked for: the smallest one, then
         held_out.append(train.pop(min(range(len(train)), key=lambda g: len(train[g]))))
-    if not held_out or not train:
+    if not train:
         raise UserError("only one distinct picture: nothing to hold out (tiles of one picture stay together)")
     return np.concatenate(train), np.concatenate(held_out)
 
@@ -364,7 +837,7 @@ def group_members(groups, index, seed):
 def training_part(pictures, train, subset=None, limit=None, seed=0):
     """Paper B's training sets: one half of the training rows (no group in both), at most `limit` of them.
 
-    Smaller limits are subsets of larger ones. Raises UserError if nothing is left.
+    A smaller limit's are among a larger one's. Raises UserError if nothing is left.
     """
     members = group_members(pictures.groups, train, seed)
     if subset:
@@ -375,123 +848,114 @@ def training_part(pictures, train, subset=None, limit=None, seed=0):
     return np.concatenate(members)[:limit]
 
 
-def checkpoint_pictures(checkpoint, data=None):
-    """The data a checkpoint was trained on, split as it was: (Pictures, training rows, held-out rows).
-
-    data: where the pictures are now, if they have moved. With other pictures than the checkpoint's, the split
-    is made anew with its seed. Raises UserError as `load_pictures` does.
-    """
-    return training_data({**checkpoint["flags"], "data": data or checkpoint["flags"]["data"]})
+def training_data(flags):
+    """(Pictures, training rows, held-out rows) for the flags of a run. Errors: as `load_pictures`."""
+    pictures = load_pictures(flags["data"], flags["size"], flags["channels"], flags["patches"])
+    train_rows, held_out = split(pictures, flags["val"], flags["seed"])
+    train_rows = training_part(pictures, train_rows, flags["subset"], flags["limit"], flags["seed"])
+    return pictures, train_rows, held_out
 
 
 # Built-in pictures, for a machine without any
 
-BUILTIN_CLASSES = ["grating 0°", "grating 45°", "grating 90°", "grating 135°", "checks", "dots", "lattice",
-                   "rings", "spokes", "disc", "square", "cross", "edge", "smooth noise", "dead leaves"]
+LATTICES = ["dots", "crosses", "triangles", "sticks", "rings", "stars", "parquet"]
+BUILTIN_CLASSES = [*LATTICES, "lines", "circles", "cells", "mosaic", "dead leaves", "blobs", "labyrinth",
+                   "grain"]
 
 
 def builtin_pictures(n, size, channels, family=None, seed=0):
     """Deterministic synthetic pictures: (x (n, size, size, channels) uint8, labels (n,), class names).
 
-    family None: fifteen classes of textures and shapes with random phase, scale, position and colours. "disc"
-    and "calpha:A": paper B's Fig. 5 and 4. Raises UserError for an A that is not a positive number.
+    family None: fifteen textures of things at random places, angles and scales. Their two colours, the share
+    of each, the mean (gray) and the contrast are drawn alike for all classes: only structure differs.
+    "disc" and "calpha:A": paper B's Fig. 5 and 4. Raises UserError for an A that is not a positive number.
     """
     rng = np.random.default_rng(seed)
     if family:
-        draw = disc_pictures if family == "disc" else calpha_pictures
-        alpha = () if family == "disc" else (positive_alpha(family),)
+        draw, alpha = (disc_pictures, []) if family == "disc" else (calpha_pictures, [alpha_of(family)])
         x = np.concatenate([draw(min(500, n - i), size, rng, *alpha) for i in range(0, n, 500)])
         return np.repeat(x, channels, axis=-1), np.full(n, -1), []
     k = len(BUILTIN_CLASSES)
     x = np.empty((n, size, size, channels), np.uint8)
-    for c, name in enumerate(BUILTIN_CLASSES):
+    for c, name in enumerate(BUILTIN_CLASSES[:n]):
         m = len(range(c, n, k))
-        shape = (m, 1, 1, 3)
-        a, b = rng.random(shape), rng.random(shape)        # two colours, at least 0.25 apart on average
-        while (near := np.abs(a - b).mean(-1, keepdims=True) < 0.25).any():
-            b = np.where(near, rng.random(shape), b)
-        if name == "dead leaves":
-            rgb = dead_leaves(m, size, rng)
-        else:
-            mask = pattern(name, m, size, rng)[..., None].astype(np.float32)
-            rgb = (a + (b - a) * mask).astype(np.float32)
+        f = (lattice if name in LATTICES else field)(name, m, size, rng)
+        level = np.sort(f.reshape(m, -1), axis=1)[:, int(0.4 * size ** 2)].reshape(m, 1, 1)
+        down, right = np.gradient(f, axis=(1, 2))          # per pixel: edges are one pixel wide
+        f = np.clip(0.5 + (f - level) / np.sqrt(down ** 2 + right ** 2 + 1e-6), 0, 1)      # 40 % of it are 0
+        contrast = rng.choice([-1, 1], (m, 1)) * rng.uniform(0.55, 0.75, (m, 1))
+        contrast = contrast + rng.uniform(-0.08, 0.08, (m, 3))             # a tint
+        f -= f.mean((1, 2), keepdims=True)
+        rgb = 0.5 + f[..., None] * contrast[:, None, None].astype(np.float32)
         x[c::k] = to_uint8(rgb if channels == 3 else rgb.mean(-1, keepdims=True))
     return x, np.arange(n) % k, BUILTIN_CLASSES
 
 
-def positive_alpha(family):
-    """A of "calpha:A"."""
-    try:
-        alpha = float(family.split(":")[1])
-    except ValueError:
-        alpha = 0
-    if not 0 < alpha < 100:
-        raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
-    return alpha
+def coordinates(size):
+    """x (1, 1, size) and y (1, size, 1) of the pixels' centres, in parts of the side."""
+    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
+    return x, x.transpose(0, 2, 1)
 
 
-def to_uint8(x):
-    """[0, 1] -> 0 … 255, rounded."""
-    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def pattern(name, m, size, rng):
-    """m masks of one class, antialiased: (m, size, size) in [0, 1]. Lengths: fractions of the side."""
+def field(name, m, size, rng):
+    """m random fields of one class, (m, size, size), low inside its things. Lengths: parts of the side."""
     u = lambda low, high: rng.uniform(low, high, (m, 1, 1)).astype(np.float32)
-    pixel = np.float32(1 / size)
-    cover = lambda distance: np.clip(0.5 + distance / pixel, 0, 1)     # signed distance, positive inside
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x, y = grid[None, None, :] - u(0.25, 0.75), grid[None, :, None] - u(0.25, 0.75)
-    wave = lambda t: np.abs((t - np.floor(t)) - 0.5)  # distance to the middle of a period, ≤ 0.5
-    if name == "smooth noise":
-        f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)) * size
-        white = np.fft.rfft2(rng.standard_normal((m, size, size)))
-        noise = np.fft.irfft2(white * np.exp(-(f / u(1.5, 4)) ** 2))
-        return 0.5 + noise / (4 * noise.std((1, 2), keepdims=True))
-    angle = u(0, 2 * np.pi)
-    if name.startswith("grating"):
-        angle = np.deg2rad(float(name.split()[1][:-1]) + u(-8, 8))
-    elif name in ("checks", "lattice", "dots", "cross", "square"):
-        angle = u(-0.25, 0.25)
-    p, q = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    r, period = np.hypot(x, y), u(0.15, 0.4)
-    match name.split()[0]:
-        case "grating":
-            return 0.5 + 0.5 * np.cos(2 * np.pi * p / u(0.1, 0.35))
-        case "checks":
-            return 0.5 + 2 * (cover((wave(p / period) - 0.25) * period) - 0.5) * (
-                cover((wave(q / period) - 0.25) * period) - 0.5)
-        case "dots":
-            return cover(period * (u(0.25, 0.38) - np.hypot(wave(p / period), wave(q / period))))
-        case "lattice":
-            return cover(period * (u(0.1, 0.2) - np.minimum(wave(p / period), wave(q / period))))
-        case "rings":
-            return 0.5 + 0.5 * np.cos(2 * np.pi * r / u(0.12, 0.35) + angle)
-        case "spokes":
-            turns = rng.integers(3, 8, (m, 1, 1))
-            return cover(r * np.sin(turns * (np.arctan2(y, x) + angle)) / turns)
-        case "disc":
-            return cover(u(0.12, 0.35) - r)
-        case "square":
-            return cover(u(0.12, 0.32) - np.maximum(np.abs(p), np.abs(q)))
-        case "cross":
-            arm, half = u(0.2, 0.4), u(0.04, 0.09)
-            return cover(np.maximum(np.minimum(arm - np.abs(p), half - np.abs(q)),
-                                    np.minimum(half - np.abs(p), arm - np.abs(q))))
-        case "edge":
-            return cover(p)
+    if name in ("blobs", "labyrinth", "grain"):            # noise with a disc or a ring of frequencies
+        k = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype(np.float32)
+        middle, width = {"blobs": (0, u(4, 5)), "labyrinth": (u(3.5, 6), 1.2), "grain": (0, u(11, 16))}[name]
+        white = np.fft.rfft2(rng.standard_normal((m, size, size), np.float32))
+        noise = np.fft.irfft2(white * np.exp(-((k - middle) / width) ** 2), s=(size, size))
+        return noise / noise.std((1, 2), keepdims=True)
+    x, y = coordinates(size)
+    from_point = lambda: np.sqrt((x - u(-0.1, 1.1)) ** 2 + (y - u(-0.1, 1.1)) ** 2)
+    f = second = np.full((m, size, size), 9, np.float32)
+    for _ in range({"lines": 12, "circles": 12, "dead leaves": 30, "cells": 24, "mosaic": 30}[name]):
+        if name == "lines":                                # distance to the nearest of random lines
+            angle = u(0, 2 * np.pi)
+            f = np.minimum(f, np.abs((x - u(0, 1)) * np.cos(angle) + (y - u(0, 1)) * np.sin(angle)))
+        elif name == "circles":
+            f = np.minimum(f, np.abs(from_point() - u(0.08, 0.2)))
+        elif name == "dead leaves":                        # dark and light discs, each over the earlier ones
+            f = np.minimum(f, from_point() - u(0.05, 0.12))
+            f = np.maximum(f, u(0.05, 0.12) - from_point())
+        elif name == "cells":                              # walls between the nearest two of random points
+            d = from_point()
+            f, second = np.minimum(f, d), np.minimum(second, np.maximum(f, d))
+        else:                                              # mosaic: the cells of points of either colour
+            f, second = np.minimum(f, from_point()), np.minimum(second, from_point())
+    return {"cells": second - f, "mosaic": f - second}.get(name, f)
 
 
-def dead_leaves(m, size, rng, leaves=30):
-    """Discs of random colour, each over the earlier ones: (m, size, size, 3) in [0, 1]."""
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    rgb = np.repeat(rng.random((m, 1, 1, 3), np.float32), size, 1).repeat(size, 2)
-    for _ in range(leaves):
-        cx, cy, radius = rng.random((3, m, 1, 1), np.float32) * np.float32([[[[1]]], [[[1]]], [[[0.2]]]])
-        distance = np.hypot(grid[None, None, :] - cx, grid[None, :, None] - cy)
-        mask = np.clip(0.5 + (radius + 0.05 - distance) * size, 0, 1)[..., None]
-        rgb += mask * (rng.random((m, 1, 1, 3), np.float32) - rgb)
-    return rgb
+def lattice(name, m, size, rng):
+    """As `field`: one thing in each cell of a lattice, shifted and turned; s, t are its own coordinates."""
+    u = lambda low, high, *shape: rng.uniform(low, high, (m, *(shape or (1, 1)))).astype(np.float32)
+    wave = lambda t: np.abs(t - np.round(t))               # distance to the next integer, ≤ 0.5
+    x, y = coordinates(size)
+    angle, period = u(0, 2 * np.pi), u(0.24, 0.36) * (1.6 if name in ("rings", "stars", "parquet") else 1)
+    x, y = x - u(0, 1), y - u(0, 1)
+    p = (x * np.cos(angle) + y * np.sin(angle)) / period
+    q = (y * np.cos(angle) - x * np.sin(angle)) / period
+    i, j = np.floor(p), np.floor(q)
+    cell = 64 * np.arange(m)[:, None, None] + (8 * (i % 8) + j % 8).astype(int)
+    each = lambda low, high: u(low, high, 64).ravel()[cell]
+    s, t, turn = p - i - each(0.38, 0.62), q - j - each(0.38, 0.62), each(0, 2 * np.pi)
+    s, t = s * np.cos(turn) + t * np.sin(turn), np.abs(t * np.cos(turn) - s * np.sin(turn))
+    return dict(
+        dots=lambda: np.sqrt(s ** 2 + t ** 2),
+        crosses=lambda: np.minimum(np.maximum(np.abs(s), 3 * t), np.maximum(t, 3 * np.abs(s))),
+        triangles=lambda: np.maximum(-s, 0.5 * s + 0.87 * t),
+        sticks=lambda: np.maximum(np.abs(s), 3.5 * t),
+        rings=lambda: wave(u(2.6, 3.2) * np.sqrt(s ** 2 + t ** 2)),
+        stars=lambda: np.hypot(s, t) * wave(7 * np.arctan2(t, s) / (2 * np.pi)),
+        parquet=lambda: wave(2.2 * t))[name]()
+
+
+def alpha_of(family):
+    """A of "calpha:A"."""
+    with contextlib.suppress(ValueError):
+        if 0 < (alpha := float(family.split(":")[1])) < 100:
+            return alpha
+    raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
 
 
 def disc_pictures(m, size, rng):
@@ -513,490 +977,261 @@ def calpha_pictures(m, size, rng, alpha):
         smooth = white / np.maximum(k, 1) ** (alpha + dims / 2) * (k > 0)
         f = np.fft.irfftn(smooth, axes=range(1, dims + 1))[(slice(None), *[slice(size)] * dims)]
         return (f - f.mean(tuple(range(1, dims + 1)), keepdims=True)) / f.std()
+
     u = lambda low, high: rng.uniform(low, high, (m, 1, 1))
     grid = (np.arange(size) + 0.5) / size
     contour = u(0.3, 0.7) + 0.1 * field(1)[:, None, :]
     mask = np.clip(0.5 + size * (contour - grid[None, :, None]), 0, 1)
     one, two = u(0.2, 0.8) + 0.08 * field(2), u(0.2, 0.8) + 0.08 * field(2)
-    x = two + (one - two) * mask
-    for axis in 1, 2:                                      # blur with (1 2 1)/4
-        edge = [(0, 0)] * 3
-        edge[axis] = (1, 1)
-        wide = np.pad(x, edge, mode="edge")
-        cut = lambda s: np.take(wide, range(s, s + size), axis)
-        x = (cut(0) + 2 * cut(1) + cut(2)) / 4
+    x = np.pad(two + (one - two) * mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4        # blurred with (1 2 1)/4, down and across
+    x = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
     turn = rng.random((m, 1, 1)) < 0.5                     # contours of every orientation
     return to_uint8(np.where(turn, x.transpose(0, 2, 1), x))[..., None]
 
 
-# Eq. 1 and A.3, Training
+# Sheets of pictures and plots, by Pillow alone; a full page is 1600 pixels wide
 
-def seeded(device, *words):
-    """A torch.Generator on `device` for these integers: no noise depends on what was drawn before."""
-    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
-    return torch.Generator(device).manual_seed(seed)
-
-
-def draw_sigma(n, sigma_max, generator):
-    """σ = σ_max·u², u uniform, one a picture: p(σ) ∝ 1/√σ (A.3). (n, 1, 1, 1) in [0, σ_max]."""
-    return sigma_max * torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) ** 2
+BLUE, RED, GREEN, ORANGE, GRAY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"     # Okabe and Ito
+COLORS = BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31"
+WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|",
+         "²": "^2", "₁": "_1", "₂": "_2", "−": "-", "±": "+-", "–": "-", "→": "->", "≥": ">=", "≤": "<=",
+         "×": "x", "ā": "a", "…": "...", "≈": "~", "·": "*", "°": " deg", "\u0302": ""}
 
 
-def to_batch(x, device):
-    """(B, H, W, C) uint8 -> (B, C, H, W) float in [0, 1] on `device`, channels-last in memory."""
-    return torch.from_numpy(np.array(x, order="C")).to(device).permute(0, 3, 1, 2).float().div_(255)
-
-
-def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
-    """The clean and noisy pictures of one global batch: x, y (B, C, H, W), sigma (B, 1, 1, 1).
-
-    A function of (seed, step) only, so that a resumed run, another micro-batch or another number of processes
-    sees the same noise. Every process draws the whole batch's noise and uses its share.
-    """
-    x = to_batch(pictures_x[rows], device)
-    generator = seeded(device, seed, 1, step)
-    sigma = draw_sigma(len(x), sigma_max, generator)
-    # drawn with the channels last, as x lies in memory; contiguous normals are several times faster to draw
-    z = torch.randn(len(x), *x.shape[2:], x.shape[1], generator=generator, device=device).permute(0, 3, 1, 2)
-    return x, torch.addcmul(x, sigma, z), sigma
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    """The seeded permutation of 0 … n−1 in which an epoch visits the training pictures."""
-    return np.random.default_rng((seed, 2, epoch)).permutation(n)
-
-
-def batch_rows(train, step, batch, seed):
-    """Rows of global batch `step`: epochs laid end to end and cut: every picture counts equally."""
-    first, rows = step * batch, []
-    while len(rows) < batch:
-        epoch, offset = divmod(first + len(rows), len(train))
-        rows.extend(train[epoch_order(len(train), seed, epoch)[offset:offset + batch - len(rows)]])
-    return np.array(rows)
-
-
-def accumulate_gradient(model, x, y, batch, micro_batch, precision="fp32", stop=lambda: False):
-    """Add ∇ of Eq. 1, summed over pixels and averaged over `batch` pictures, micro-batch by micro-batch.
-
-    x, y: (B, C, H, W), this process's share. Returns the loss of each picture (≤ B,) in the unit of pixels²;
-    fewer than B if `stop()` became true.
-    """
-    losses = []
-    for i in range(0, len(x), micro_batch):
-        if stop():
-            break
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x_hat = model(y[i:i + micro_batch])
-        loss = (x_hat.float() - x[i:i + micro_batch]).square().sum((1, 2, 3))      # ‖x − x̂(x_σ)‖², Eq. 1
-        (loss.sum() / batch).backward()
-        losses.append(loss.detach())
-    return torch.cat(losses) if losses else x.new_zeros(0)
-
-
-def agree(numbers, device, op=dist.ReduceOp.SUM):
-    """A few numbers, summed (or by `op`) over all processes, so that all of them decide alike."""
-    if not dist.is_initialized():
-        return numbers
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    dist.all_reduce(numbers, op)
-    return numbers.tolist()
-
-
-def sum_gradients(model):
-    """Sum the gradients over all processes, in place and in one message."""
-    if dist.is_initialized():
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for p, g, part in zip(model.parameters(), grads, flat.split([g.numel() for g in grads])):
-            p.grad = g.copy_(part.view_as(g))
-
-
-@torch.no_grad()
-def initialise(model, y, mean):
-    """One data-dependent pass: every LayerNorm scaled and shifted, and x̂ set to the mean colour.
-
-    y: (N, C, H, W), noisy: each channel of each LayerNorm gets mean 0 and variance 1 over it. mean: (C,).
-    With PyTorch's own initialisation all channels of M start almost alike, and φ stays a constant for more
-    than 100,000 pictures. The output starts at the mean colour because Adam remembers the size of the first
-    gradients for a thousand steps: 300 steps of 32 photos then give 21.9 dB at σ = 0.1, and 19.8 dB without.
-    """
-    def whiten(norm, inputs, _):
-        a = F.group_norm(inputs[0], 1, eps=norm.eps)
-        norm.weight.copy_(1 / a.std((0, 2, 3)).clamp_min(1e-3))
-        norm.bias.copy_(-a.mean((0, 2, 3)) * norm.weight)
-        return F.group_norm(inputs[0], 1, norm.weight, norm.bias, norm.eps)
-
-    hooks = [m.register_forward_hook(whiten) for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    model(y)
-    for hook in hooks:
-        hook.remove()
-    last = model.blocks["D1"][-1]
-    last.weight.zero_()
-    last.bias.copy_(torch.as_tensor(mean))
-
-
-def learning_rate(progress):
-    """Adam's step size after a fraction of the run: 1e-3, halved every tenth (A.3: 100 of 1000 epochs)."""
-    return 1e-3 * 0.5 ** min(9, int(10 * progress))
-
-
-SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
-
-
-@torch.no_grad()
-def evaluate(model, x, micro_batch, sigma_max=1.0, precision="fp32"):
-    """Held-out PSNR, 10 log₁₀(1 / mean squared error), at each σ: {σ: dB}. The same noise always.
-
-    x: (N, C, H, W). The mean is over pictures and pixels.
-    """
-    psnr = {}
-    for k, sigma in enumerate(s for s in SIGMAS if s <= sigma_max):
-        generator, error = seeded(x.device, 3, k), 0.0
-        for i in range(0, len(x), micro_batch):
-            clean = x[i:i + micro_batch]
-            y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                x_hat = model(y)
-            error += (x_hat.float() - clean).square().sum().item()
-        psnr[sigma] = -10 * math.log10(max(error, 1e-30) / x.numel())
-    return psnr
-
-
-def save_checkpoint(path, checkpoint):
-    """Write to a temporary file, then move it into place: a kill leaves the old or the new file whole.
-
-    Raises UserError when the disk is full or the folder is not writable; the old file is intact then.
-    """
-    temporary = f"{path}.tmp"
+@functools.lru_cache
+def font(size=26):
+    """DejaVu Sans, which has Greek letters, where the system has it; else Pillow's own, which has none."""
     try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:   # torch's writer turns some failed writes into RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        earlier = "the last save is intact" if os.path.exists(path) else "there is no earlier save"
-        raise UserError(f"{path}: could not be saved ({str(error).splitlines()[0]}); {earlier}") from None
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
 
 
-# Running
-
-def duration(seconds):
-    """45 s, 12.3 min, 5.1 h, 31 days."""
-    for unit, length, limit in ("s", 1, 90), ("min", 60, 5400), ("h", 3600, 172800):
-        if seconds < limit:
-            return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
-    return f"{seconds / 86400:,.0f} days"
+def greek(text):
+    """`text` as `font` can show it, in one line: where the system has no DejaVu, σ is written sigma."""
+    text = printable(str(text))
+    if "DejaVu" not in font().getname()[0]:
+        text = "".join(WORDS.get(c, c) for c in text).encode("latin-1", "replace").decode("latin-1")
+    return text
 
 
-def peak_memory(device):
-    """Peak memory in GiB: resident on a CPU, allocated on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if sys.platform == "win32":
-        return math.nan        # no `resource` there, and no other way to ask
-    import resource
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20            # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+def to_image(x, side=None):
+    """(C, H, W) in [0, 1] -> a PIL RGB image, enlarged without smoothing to about `side` pixels."""
+    image = open_picture(to_uint8(x.float().cpu().permute(1, 2, 0).numpy())).convert("RGB")
+    scale = max(1, round((side or image.width) / image.width))
+    return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
 
 
-def fitting_micro_batch(flags, device):
-    """Pictures whose activations fit: 256 MiB on a CPU (more is no faster), half of a GPU's free memory."""
-    width, levels, size = flags["width"], flags["levels"], flags["size"]
-    # per level 8 layers, each kept before and after its normalisation, and three maps' worth of concatenation
-    layers = sum(19 * width * 2 ** k * (size // 2 ** k) ** 2 for k in range(levels))
-    layers += 6 * width * 2 ** levels * (size // 2 ** levels) ** 2
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 ** 28
-    return max(1, room // (4 * layers))
-
-
-class Progress:
-    """The status line (rewritten on a terminal, a plain line now and then elsewhere) and what it needs."""
-
-    def __init__(self, flags, pictures, total, limit, seen, device):
-        self.flags, self.pictures, self.total, self.limit, self.device = flags, pictures, total, limit, device
-        self.first, self.start, self.shown = seen, time.time(), 0.0
-        self.loss, self.psnr, self.announced, self.line_open = None, {}, False, False
-        self.quiet = dist.is_initialized() and dist.get_rank() > 0
-
-    def rate(self, seen):
-        """Images/s since the start of this process."""
-        return (seen - self.first) / (time.time() - self.start)
-
-    def left(self, seen, elapsed):
-        """Seconds left, by the rate so far."""
-        return max(0, min(self.limit - elapsed, (self.total - seen) / max(self.rate(seen), 1e-9)))
-
-    def update(self, seen, elapsed):
-        """After every micro-batch: `seen` pictures trained on in all, `elapsed` seconds over all sessions."""
-        if self.quiet or seen == self.first:
-            return
-        if not self.announced and time.time() - self.start > 8:
-            self.announced = True
-            self.say(f"expected      {duration(self.left(seen, elapsed))} at {self.rate(seen):.1f} images/s")
-            if self.left(seen, elapsed) > 86400:
-                data = f"--data {self.flags['data']} " if self.flags["data"] else ""
-                self.say(f"              this machine in ten minutes: python train.py {data}"
-                         f"--size 32 --width 16 --batch 32 --minutes 10 --out small.pt")
-        terminal = sys.stdout.isatty()
-        if time.time() - self.shown < (0.5 if terminal else 15):
-            return
-        self.shown = time.time()
-        fraction = max(seen / self.total, elapsed / self.limit)
-        line = (f"{100 * fraction:5.1f} %  epoch {seen / self.pictures:.2f}  "
-                + (f"loss {self.loss:.2f}  held-out PSNR " if self.psnr and self.loss else "")
-                + " ".join(f"{v:.1f} dB (σ {k:g})" for k, v in self.psnr.items() if k in (0.1, 0.5))
-                + f"  {self.rate(seen):.0f} images/s  {duration(self.left(seen, elapsed))} left  "
-                f"{peak_memory(self.device):.1f} GiB")
-        columns = shutil.get_terminal_size().columns - 1
-        if terminal:
-            print("\r" + line[:columns].ljust(columns), end="", flush=True)
-        else:
-            print(line, flush=True)
-        self.line_open = terminal
-
-    def say(self, line):
-        """A line that stays."""
-        if not self.quiet:
-            print(("\n" if self.line_open else "") + line, flush=True)
-            self.line_open = False
-
-
-def training_data(flags):
-    """(Pictures, training rows, held-out rows) for the flags of a run. Errors: as `load_pictures`."""
-    pictures = load_pictures(flags["data"], flags["size"], flags["channels"], flags["patches"])
-    train_rows, held_out = split(pictures, flags["val"], flags["seed"])
-    train_rows = training_part(pictures, train_rows, flags["subset"], flags["limit"], flags["seed"])
-    return pictures, train_rows, held_out
-
-
-def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=None,
-          stop=lambda: False):
-    """Minimise Eq. 1 as A.3 does; writes `out`, its .jsonl and its .png. Returns True if the run is complete.
-
-    flags: what defines the run, as `resolve` returns it. resume: a checkpoint's dict to go on from.
-    save_every: seconds between evaluations, each with a save. stop: asked between micro-batches; the run then
-    saves and returns. Raises UserError for unusable data, a loss that is not finite, and a checkpoint that
-    cannot be written.
-    """
-    device, seed, batch, precision = torch.device(device), flags["seed"], flags["batch"], flags["precision"]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    architecture = {k: flags[k] for k in ("width", "channels", "levels")}
-    pictures, rows, held_out = training_data(flags)
-    if resume and resume["fingerprint"] != pictures.fingerprint:
-        raise UserError(f"--data {flags['data']}: these are not the pictures that {out} was trained on")
-    x_val = to_batch(pictures.x[held_out[:256]], device)
-    mean = [float(np.mean([pictures.x[i, :, :, c].mean() for i in rows[:10_000]]) / 255)  # the mean colour m
-            for c in range(flags["channels"])]
-
-    torch.manual_seed(seed)                    # the same weights on every process
-    model = UNet(**architecture).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
-    step, elapsed = 0, 0.0
-    if resume:
-        model.load_state_dict(resume["weights"])
-        optimizer.load_state_dict(resume["optimizer"])
-        step, elapsed = resume["step"], resume["elapsed"]
-    elif flags["init"] == "data":
-        first = batch_rows(rows, 0, min(batch, 64), seed)
-        initialise(model, noisy_batch(pictures.x, first, 0, seed, flags["sigma_max"], device)[1], mean)
-    for p in model.parameters() if world > 1 else ():
-        dist.broadcast(p.data, 0)
-    forward = torch.compile(model) if compiled else model
-    micro = min(batch, micro_batch or fitting_micro_batch(flags, device))
-
-    total = math.inf if flags["epochs"] is None else math.ceil(flags["epochs"] * len(rows) / batch)  # steps
-    limit = math.inf if flags["minutes"] is None else 60 * flags["minutes"]  # seconds
-    progress = Progress(flags, len(rows), total * batch, limit, step * batch, device)
-    if step >= total or elapsed >= limit:
-        progress.say(f"{out}: already complete ({step} steps, {duration(elapsed)}); a larger --epochs or "
-                     f"--minutes makes it longer")
-        return True
-    describe(progress, model, pictures, rows, held_out, micro, world, step)
-    start, psnr, losses, evaluated, unsaved = time.time() - elapsed, {}, [], time.time(), None
-    mode = "a" if resume else "w"              # of the .jsonl
-    share = slice(rank * batch // world, (rank + 1) * batch // world)
-    while True:
-        fraction = max(step / total, elapsed / limit)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(fraction)
-        batch_of_rows = batch_rows(rows, step, batch, seed)
-        x, y, sigma = noisy_batch(pictures.x, batch_of_rows, step, seed, flags["sigma_max"], device)
-        done = iter(range(0, batch + micro * world, micro * world))
-
-        def between():
-            progress.update(step * batch + min(next(done), batch), time.time() - start)
-            return stop() or time.time() - start >= limit
-
-        optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_gradient(forward, x[share], y[share], batch, micro, precision, between)
-        total_loss, cut = agree([loss.sum().item(), len(loss) < share.stop - share.start], device)
-        if not math.isfinite(total_loss):
-            bad = sigma[share].flatten()[:len(loss)][~loss.isfinite()]
-            raise UserError(f"the loss is not finite at step {step}"
-                            + (f", σ {bad.min():.3f} to {bad.max():.3f}" if len(bad) else "")
-                            + f"; the last save of {out} is as it was. Try another --seed or fp32")
-        if not cut:                            # a step cut short is dropped, and done again on --resume
-            sum_gradients(model)
-            optimizer.step()
-            step += 1
-            losses.append(total_loss / batch)
-        elapsed, stopped = agree([time.time() - start, stop()], device, dist.ReduceOp.MAX)
-        complete = step >= total or elapsed >= limit
-        every = save_every or min(300, max(15, (elapsed + progress.left(step * batch, elapsed)) / 20))
-        if not (stopped or complete or time.time() - evaluated > every):
-            continue
-
-        if rank == 0:
-            if not stopped:                    # Ctrl-C and SIGTERM save at once
-                psnr = evaluate(model, x_val, micro, flags["sigma_max"], precision)
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise UserError(f"the weights are not finite after step {step}; {out} is as it was")
-            progress.loss, progress.psnr = float(np.mean(losses)) if losses else None, psnr
-            record = dict(step=step, epoch=step * batch / len(rows), pictures_seen=step * batch,
-                          loss=progress.loss, psnr=psnr, lr=learning_rate(fraction), minutes=elapsed / 60,
-                          images_per_second=progress.rate(step * batch), memory_gib=peak_memory(device))
-            try:
-                save_checkpoint(out, dict(
-                    format=FORMAT, model=architecture, weights=model.state_dict(),
-                    optimizer=optimizer.state_dict(), size=flags["size"], sigma_max=flags["sigma_max"],
-                    mean=mean, flags=flags, step=step, elapsed=elapsed, fingerprint=pictures.fingerprint,
-                    training={**record, "training_pictures": len(rows), "device": str(device)}))
-                with open(Path(out).with_suffix(".jsonl"), mode) as f:
-                    f.write(json.dumps(record) + "\n")
-                mode = "a"
-                if psnr:
-                    draw_evaluation(model, x_val[:8], psnr).save(Path(out).with_suffix(".png"))
-                unsaved = None
-            except (UserError, OSError) as error:          # go on: there may be room at the next save
-                unsaved = UserError(error)
-                progress.say(str(error))
-        losses, evaluated = [], time.time()
-        if stopped or complete:
-            break
-    if unsaved:
-        raise unsaved
-    progress.say(f"{'complete' if complete else 'stopped'} after {step} steps, {duration(elapsed)}; "
-                 "held-out PSNR "
-                 + (", ".join(f"{v:.2f} dB (σ {k:g})" for k, v in psnr.items()) or "not measured")
-                 + f"\nwrote {out}, {Path(out).with_suffix('.jsonl')}, {Path(out).with_suffix('.png')}"
-                 + ("" if complete else f"; go on with: python train.py --out {out} --resume"))
-    return complete
-
-
-def describe(progress, model, pictures, rows, held_out, micro, world, step):
-    """Say at the start what will be done, with what."""
-    flags, size, sees = progress.flags, progress.flags["size"], receptive_field(model.levels)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    processes = f"{world} process{'es' * (world > 1)}"
-    progress.say(f"device        {progress.device}, {processes}, {flags['precision']}\n"
-                 f"network       width {model.width}, {model.levels} levels, "
-                 f"{parameters:.2f} M parameters; M sees {sees}×{sees} pixels"
-                 + ("" if sees >= size else ", less than the picture: φ will be local") +
-                 f"\npictures      {len(rows)} to train on, {len(held_out)} held out, {size}×{size}×"
-                 f"{model.channels}, {len(pictures.classes)} classes, {len(pictures.skipped)} files skipped")
-    for line in pictures.skipped[:3]:
-        progress.say(f"  skipped     {line}")
-    budget = [f"{flags['epochs']:g} epochs"] if flags["epochs"] else []
-    budget += [f"{flags['minutes']:g} minutes"] if flags["minutes"] else []
-    progress.say(f"batch         {flags['batch']} in micro-batches of {micro}\n"
-                 f"run           {' or '.join(budget)}" + (f", resumed at step {step}" if step else ""))
-
-
-@torch.no_grad()
-def draw_evaluation(model, x, psnr):
-    """ckpt.png: held-out pictures clean, noisy and denoised at several σ, and output PSNR against input PSNR.
-
-    x: (8, C, H, W). Returns a PIL image.
-    """
-    levels = [s for s in (0.1, 0.3, 0.5, 1.0) if s in psnr]
-    rows = [("clean", x)]
-    for k, sigma in enumerate(levels):
-        y = x + sigma * torch.randn(x.shape, generator=seeded(x.device, 4, k), device=x.device)
-        rows += [(f"noise {sigma:g}", y), ("denoised", model(y))]
-    tile, gap, left, side = 64 * max(1, round(x.shape[2] / 64)), 2, 90, 380
-    font = ImageFont.load_default(15)
-    height = max(len(rows) * (tile + gap) + 10, side + 20)
-    sheet = Image.new("RGB", (left + len(x) * (tile + gap) + side + 20, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (name, pictures) in enumerate(rows):
-        draw.text((6, 5 + r * (tile + gap) + tile / 2), name, "black", font, anchor="lm")
-        for c, picture in enumerate(pictures.float().cpu()):
-            pixels = to_uint8(picture.permute(1, 2, 0).numpy())
-            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
-            corner = left + c * (tile + gap), 5 + r * (tile + gap)
-            sheet.paste(image.resize((tile, tile), Image.NEAREST), corner)
-    curve = [(-20 * math.log10(s), v) for s, v in sorted(psnr.items(), reverse=True)]
-    x0, y0, w = left + len(x) * (tile + gap) + 60, 15, side - 70
-    top = 5 * math.ceil(max([30] + [v for _, v in curve]) / 5)
-    place = lambda a, b: (x0 + a / 30 * w, y0 + w - b / top * w)       # input PSNR 0 … 30 dB
-    for v in range(0, 31, 5):
-        draw.line([place(v, 0), place(v, top)], "#dddddd")
-        draw.text(place(v, 0), str(v), "black", font, anchor="ma")
-    for v in range(0, top + 1, 5):
-        draw.line([place(0, v), place(30, v)], "#dddddd")
-        draw.text((x0 - 6, place(0, v)[1]), str(v), "black", font, anchor="rm")
-    draw.line([place(0, 0), place(30, 30)], "#888888")
-    draw.text(place(20, 18), "noisy", "#666666", font, anchor="la")
-    draw.line([place(a, b) for a, b in curve], "#0072b2", width=3)
-    for point in curve:
-        px, py = place(*point)
-        draw.ellipse([px - 4, py - 4, px + 4, py + 4], "#0072b2")
-    draw.text((x0 + w / 2, y0 + w + 24), "input PSNR (dB)", "black", font, anchor="ma")
-    draw.text((x0 + 6, y0 + 4), "output PSNR (dB), held out", "black", font)
+def grid(images, columns, gap=8):
+    """PIL images of any size on one white sheet, so many in a row, top-aligned."""
+    rows = [images[i:i + columns] for i in range(0, len(images), columns)]
+    width = max(sum(image.width + gap for image in row) for row in rows) - gap
+    height = sum(max(image.height for image in row) + gap for row in rows) - gap
+    sheet, y = Image.new("RGB", (width, height), "white"), 0
+    for row in rows:
+        x = 0
+        for image in row:
+            sheet.paste(image, (x, y))
+            x += image.width + gap
+        y += max(image.height for image in row) + gap
     return sheet
 
+
+def caption(text, size=26, width=1600):
+    """Text on white, `width` pixels wide, in as many lines as it needs."""
+    lines, pen = [""], font(size)
+    for word in greek(text).split(" "):
+        fits = pen.getlength(f"{lines[-1]} {word}") <= width - 12
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if fits or not lines[-1] else [*lines, word]
+    image = Image.new("RGB", (width, int((1.3 * len(lines) + 0.3) * size)), "white")
+    for k, line in enumerate(lines):
+        ImageDraw.Draw(image).text((6, int((1.3 * k + 0.2) * size)), line, "black", pen)
+    return image
+
+
+def picture_rows(rows, title="", side=96, gap=4):
+    """Rows of pictures with a name in front of each: rows is [(name, x (N, C, H, W))]. A PIL image."""
+    left = 20 + int(max(font().getlength(greek(name)) for name, _ in rows))
+    lines = [grid([caption(name, width=left), *[to_image(picture, side) for picture in x]], len(x) + 1, gap)
+             for name, x in rows]
+    head = [caption(title, width=max(line.width for line in lines))] if title else []
+    return grid(head + lines, 1, gap)
+
+
+class Mark(NamedTuple):
+    """What `plot` draws: its points, which set the ranges, and draw(pen, px, py, color) in pixels."""
+    label: str
+    color: str
+    x: np.ndarray
+    y: np.ndarray
+    draw: callable
+    histogram: bool = False
+
+
+def line(x, y, label=None, color=None, points=False, band=None, width=5):
+    """A polyline, with discs at its points if `points`; band: (low, high), shaded. NaN leaves a point out."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+
+    def draw(pen, px, py, color):
+        if band is not None:
+            low, high = ([*zip(px(x), py(b))] for b in band)
+            pen.polygon(low + high[::-1], color + "38")
+        at = [p for p in zip(px(x), py(y)) if all(map(math.isfinite, p))]
+        pen.line(at, color, width, joint="curve")
+        for a, b in at if points else ():
+            pen.ellipse([a - 8, b - 8, a + 8, b + 8], color, "#ffffff")
+    return Mark(label, color, x, y if band is None else np.concatenate([y, *band]), draw)
+
+
+def dots(x, y, label=None, color=None, radius=5):
+    """Discs at the points."""
+    def draw(pen, px, py, color):
+        for a, b in zip(px(x), py(y)):
+            if math.isfinite(a) and math.isfinite(b):
+                pen.ellipse([a - radius, b - radius, a + radius, b + radius], color + "b0", "#ffffff")
+    return Mark(label, color, np.asarray(x, float), np.asarray(y, float), draw)
+
+
+def bars(values, bins, span=None, label=None, color=None):
+    """A histogram of the finite values in equal bins over `span`; several show through one another."""
+    values = np.asarray(values, float)
+    counts, edges = np.histogram(values[np.isfinite(values)], bins, span or limits(values))
+
+    def draw(pen, px, py, color):
+        for a, b, n, top in zip(px(edges), px(edges[1:]), counts, py(counts)):
+            if n:
+                pen.rectangle([a, top, b, py([0])[0]], color + "90", color)
+    return Mark(label, color, edges, np.array([0, max(1, 1.08 * counts.max())]), draw, True)
+
+
+def rule(x=None, y=None, label=None, color=GRAY):
+    """A line across the whole plot, vertical at x or horizontal at y."""
+    def draw(pen, px, py, color):
+        (w, h), at = pen.im.size, px([x])[0] if y is None else py([y])[0]
+        pen.line([at, 0, at, h] if y is None else [0, at, w, at], color, 3)
+    return Mark(label, color, np.array([x] if y is None else []), np.array([] if y is None else [y]), draw)
+
+
+def limits(v, log=False):
+    """A range a little wider than the finite values (the positive ones if `log`)."""
+    v = np.asarray(v, float)
+    v = v[np.isfinite(v) & ((v > 0) | (not log))]
+    low, high = (float(v.min()), float(v.max())) if len(v) else (1.0, 2.0)
+    if log:
+        return low / 1.15, high * 1.15
+    margin = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
+    return low - margin, high + margin
+
+
+def ticks(low, high, log=False, most=6):
+    """Round numbers in [low, high]: 1, 2 or 5 times a power of ten, at most `most` or so."""
+    if log and high > 4 * low:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for steps in (1, 2, 5), (1, 3), (1,):
+            found = [s * 10.0 ** k for k in decades for s in steps]
+            found = [v for v in found if low * 0.999 <= v <= high * 1.001]
+            if len(found) <= most + 2:
+                break
+        return found[::math.ceil(len(found) / (most + 2))]
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= most)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def scaled(v, lim, log, low, high):
+    """Values whose range `lim` becomes the pixels low … high, as a list."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        v, a, b = (np.log(u) if log else np.asarray(u, float) for u in (v, *lim))
+        return (low + (v - a) / (b - a) * (high - low)).tolist()
+
+
+def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=""):
+    """Marks in axes, an image of `size` (width, height). xlim, ylim: default the data's. log: "x", "xy"."""
+    (w, h), text = size, font(26 if size[0] > 800 else 22)
+    em, histogram = text.size, any(m.histogram for m in marks)
+    x, y = (np.concatenate([getattr(m, k) for m in marks]) for k in "xy")
+    xlim = xlim or ((x.min(), x.max()) if histogram else limits(x, "x" in log))
+    ylim = ylim or ((0, max(m.y.max() for m in marks if m.histogram)) if histogram else limits(y, "y" in log))
+    xs = ticks(*xlim, "x" in log, 6 if w > 600 else 4) if xlabel else []       # t-SNE has no units
+    ys = ticks(*ylim, "y" in log, 6 if h > 350 else 4) if ylabel else []
+    named = lambda v: f"{v:.6g}" if abs(v) > 1e-12 else "0"
+    left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
+    right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
+    colors = [m.color or c for m, c in zip(marks, itertools.cycle(COLORS))]
+    legend, lines, at = [], 0, w                           # above the frame, where it covers no data
+    for label, color in ((greek(m.label), c) for m, c in zip(marks, colors) if m.label):
+        need = 60 + text.getlength(label)
+        lines, at = (lines + 1, left) if at + need > right + 28 else (lines, at)
+        legend.append((at, lines, label, color))
+        at += need
+    top = 8 + int(1.4 * em) * (bool(title) + lines)
+
+    px = lambda v: scaled(v, xlim, "x" in log, left, right)
+    py = lambda v: scaled(v, ylim, "y" in log, bottom, top)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for v, place in zip(ys, py(ys)):
+        pen.line([left, place, right, place], "#e4e4e4", 2)
+        pen.text((left - 8, place), named(v), "black", text, anchor="rm")
+    for v, place in zip(xs, px(xs)):
+        pen.line([place, top, place, bottom], "#e4e4e4", 2)
+        place = min(place, w - 2 - text.getlength(named(v)) / 2)
+        pen.text((place, bottom + 8), named(v), "black", text, anchor="ma")
+    inside = sheet.copy()                                  # marks are cut off at the frame
+    for mark, color in zip(marks, colors):
+        mark.draw(ImageDraw.Draw(inside, "RGBA"), px, py, color)
+    sheet.paste(inside.crop((left, top, right, bottom)), (left, top))
+    pen.rectangle([left, top, right, bottom], outline="#444444", width=2)
+    for at, row, label, color in legend:
+        middle = 8 + 1.4 * em * (bool(title) + row - 0.55)
+        pen.rectangle([at, middle - em / 3, at + 24, middle + em / 3], color)
+        pen.text((at + 32, middle), label, "black", text, anchor="lm")
+    pen.text(((left + right) / 2, 4), greek(title), "black", text, anchor="ma")
+    pen.text(((left + right) / 2, h - 4), greek(xlabel), "black", text, anchor="md")
+    if ylabel:
+        side = Image.new("RGB", (int(text.getlength(greek(ylabel))) + 4, int(1.4 * em)), "white")
+        ImageDraw.Draw(side).text((2, 2), greek(ylabel), "black", text)
+        sheet.paste(side.rotate(90, expand=True), (2, max(0, int(top + bottom - side.width) // 2)))
+    return sheet
+
+
+@torch.no_grad()
+def draw_evaluation(model, x, curve):
+    """ckpt.png: held-out x (≤ 8, C, H, W) clean, noisy, denoised; PSNR; the use of M so far. A PIL image."""
+    rows = [("clean", x)]
+    for k, sigma in enumerate((0.1, 0.3, 0.7)):
+        y = x + sigma * torch.randn(x.shape, generator=seeded(x.device, 4, k), device=x.device)
+        rows += [(f"σ {sigma:g}", y), ("denoised", model(y))]
+    pictures, psnr, last_use = picture_rows(rows, side=96), curve[-1]["psnr"], curve[-1]["use"]
+    size, seen = (620, pictures.height // 2), [record["pictures_seen"] for record in curve]
+    denoised = line([-20 * math.log10(s) for s in psnr], [*psnr.values()], "denoised", points=True)
+    quality = plot(size, [denoised, line([0, 26], [0, 26], "noisy", GRAY)], "input PSNR (dB)",
+                   "output PSNR (dB)")
+    use = plot(size, [line(seen, [record["use"][s] for record in curve], f"σ {s:g}", points=True)
+                      for s in last_use], "pictures seen", "use of M (dB)")
+    return grid([pictures, grid([quality, use], 1)], 2)
+
+
+# Speed
 
 def bench(flags, micro_batch, device, seconds=20):
     """Print images/s of a training step, of its bare convolutions (both ways), and of φ; and peak memory.
 
-    They are timed in turn, again and again: other work on the machine slows all alike. Printed are medians,
-    for the ratios those over the rounds.
+    They are timed in turn, again and again, so that other work on the machine slows all alike; medians.
     """
-    device, size, channels = torch.device(device), flags["size"], flags["channels"]
-    model = UNet(flags["width"], channels, flags["levels"]).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
+    size, precision = flags["size"], flags["precision"]
+    model, optimizer = new_network(flags, device)
     micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
     batch = min(flags["batch"], 4 * micro)
-    pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, channels), np.uint8)
-    calls = []
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, flags["channels"]), np.uint8)
+    x_micro = to_batch(pixels[:micro], device)
 
-    def record(conv, inputs, output):          # shapes and memory layout as in the network
-        a = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
-        calls.append((conv, a, torch.randn_like(output)))
-
-    hooks = [m.register_forward_hook(record) for m in model.modules()
-             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    model(to_batch(pixels[:micro], device))
-    for hook in hooks:
-        hook.remove()
-
-    def training_step():
+    def step():
         x, y, _ = noisy_batch(pixels, np.arange(batch), 0, 0, 1.0, device)
-        optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(model, x, y, batch, micro, flags["precision"])
-        optimizer.step()
+        training_step(model, optimizer, x, y, batch, micro, precision=precision)
 
-    def bare_convolutions():
-        for conv, a, gradient in calls:
-            a.grad = None
-            with torch.autocast(device.type, torch.bfloat16, enabled=flags["precision"] == "bf16"):
-                out = conv(a)
-            out.backward(gradient.to(out.dtype))
-        optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def forward_pass():
-        model(x_micro)
-
-    def half_pass():
-        phi(model, x_micro, 0.3)
-
-    def repeat(f, n):
+    def timed(f, n):
         f()                                    # untimed: what ran before has emptied the caches
         start = time.perf_counter()
         for _ in range(n):
@@ -1005,131 +1240,115 @@ def bench(flags, micro_batch, device, seconds=20):
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / n
 
-    x_micro = to_batch(pixels[:micro], device)
-    images = {training_step: batch, bare_convolutions: micro, forward_pass: micro, half_pass: micro}
-    turns = {f: max(1, int(0.25 / repeat(f, 1))) for f in images}
-    times, end = {f: [] for f in images}, time.time() + seconds
-    while time.time() < end or len(times[half_pass]) < 3:
-        for f in images:
-            times[f].append(repeat(f, turns[f]) / images[f])
-    step, convolutions, full, half = (1 / np.median(times[f]) for f in images)
-    ratio = lambda f, g: np.median(np.divide(times[g], times[f]))              # round by round
-    of_convolutions, of_forward = ratio(training_step, bare_convolutions), ratio(half_pass, forward_pass)
-    print(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, "
-          f"micro-batch {micro}, {flags['precision']}, {device}, {len(times[half_pass])} rounds\n"
-          f"training step      {step:10.1f} images/s\n"
-          f"bare convolutions  {convolutions:10.1f} images/s   training step / these {of_convolutions:.2f}\n"
-          f"full forward pass  {full:10.1f} images/s\n"
-          f"phi                {half:10.1f} images/s   phi / forward pass {of_forward:.2f}\n"
-          f"peak memory        {peak_memory(device):10.2f} GiB")
+    images = {step: batch, bare_convolutions(model, x_micro, precision): micro,
+              torch.no_grad()(lambda: model(x_micro)): micro, lambda: phi(model, x_micro, 0.3): micro}
+    turns = {f: max(1, int(0.25 / timed(f, 1))) for f in images}
+    rates, end = [], time.monotonic() + seconds
+    while time.monotonic() < end or len(rates) < 3:
+        rates.append([n / timed(f, turns[f]) for f, n in images.items()])
+    rates = np.array(rates)                                # images/s, (rounds, 4)
+    ratio = lambda a, b: np.median(rates[:, a] / rates[:, b])
+    s, c, f, p = np.median(rates, axis=0)
+    say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, "
+        f"micro-batch {micro}, {precision}, {device}, {len(rates)} rounds")
+    say(f"training step      {s:10.1f} images/s")
+    say(f"bare convolutions  {c:10.1f} images/s   step / convolutions {ratio(0, 1):.2f}")
+    say(f"full forward pass  {f:10.1f} images/s")
+    say(f"phi                {p:10.1f} images/s   phi / forward pass {ratio(3, 2):.2f}")
+    say(f"peak memory        {peak_memory(device):10.2f} GiB")
+
+
+def bare_convolutions(model, x, precision):
+    """A function that runs the network's convolutions for x, forwards and backwards, and nothing else."""
+    calls = []
+
+    def record(conv, inputs, output):          # shapes and memory layout as in the network
+        a = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
+        calls.append((conv, a, torch.randn_like(output)))
+
+    run_hooked(model, x, {nn.Conv2d: record, nn.ConvTranspose2d: record})
+
+    def both_ways():
+        for conv, a, gradient in calls:
+            a.grad = None
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                out = conv(a)
+            out.backward(gradient.to(out.dtype))
+        model.zero_grad(set_to_none=True)
+    return both_ways
 
 
 # Command line
 
-PAPER = dict(size=64, width=64, batch=1024, epochs=1000.0, minutes=None)              # A.1 – A.3
-PRESET = dict(size=32, width=16, batch=32, epochs=None, minutes=10.0)                 # without --data
+PAPER = dict(size=64, width=64, batch=1024, epochs=1000.0)                 # A.1 – A.3
+SMALL = dict(size=32, width=16, batch=32, pictures=150_000)                # for the built-in pictures
 COMMON = dict(data=None, channels=3, levels=None, patches=False, val=0.05, seed=0, subset=None, limit=None,
-              sigma_max=1.0, init="data", precision="fp32")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: `kind` in [low, high] (low excluded for floats)."""
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high) or (kind is float and value == low):
-            least = "above" if kind is float else "at least"
-            raise argparse.ArgumentTypeError(f"{text}: must be {least} {low:g}"
-                                             + (f" and at most {high:g}" if high < math.inf else ""))
-        return value
-    parse.__name__ = "integer" if kind is int else "number"
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no guessing of shortened flags."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        """Exit with code 2 and one line."""
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+              sigma_max=1.0, precision="fp32", epochs=None, minutes=None, pictures=None)
+BUDGETS = "epochs", "minutes", "pictures"
 
 
 def arguments():
     """The command line. Flags that define the run default to None: --resume must see which were given."""
     parser = Parser(description=__doc__)
+    data = parser.add_argument_group("pictures").add_argument
+    training = parser.add_argument_group("network and training").add_argument
     add, whole = parser.add_argument, number(int, 1)
-    data = parser.add_argument_group("pictures")
-    data.add_argument("--data", metavar="PATH",
-                      help="a folder (any depth), a .npy or .npz of uint8 pictures, a "
-                      "folder of ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
-    data.add_argument("--size", type=whole,
-                      help="side in pixels; a multiple of 2^levels (default: 64; built-in 32)")
-    data.add_argument("--channels", type=int, choices=(1, 3),
-                      help="gray or colour (default: 3; disc and calpha 1)")
-    data.add_argument("--patches", action="store_true", default=None,
-                      help="cut each picture into size×size tiles instead of cropping and resizing it")
-    data.add_argument("--val", type=number(float, 0, 0.9),
-                      help="fraction held out, at most 2000 (default: 0.05)")
-    data.add_argument("--subset", choices=("first", "second"),
-                      help="one half of the training pictures (paper B)")
-    data.add_argument("--limit", type=whole, help="at most this many training pictures (paper B)")
-    run = parser.add_argument_group("network and training")
-    run.add_argument("--width", type=whole, help="channels of E1 (default: 64; built-in 16)")
-    run.add_argument("--levels", type=number(int, 1, 8),
-                     help="encoder blocks (default: the smallest number with which M sees the whole picture)")
-    run.add_argument("--sigma-max", type=number(float, 0, 100),
-                     help="largest σ, pictures in [0, 1] (default: 1)")
-    run.add_argument("--batch", type=whole,
-                     help="pictures a step, over all processes (default: 1024; built-in 32)")
-    run.add_argument("--epochs", type=number(float, 0),
-                     help="default: 1000; no limit with --minutes or built-in")
-    run.add_argument("--minutes", type=number(float, 0),
-                     help="end after so many minutes, the schedule stretched to fit (built-in: 10)")
-    run.add_argument("--init", choices=("data", "plain"),
-                     help="one data-dependent pass over the normalisations, or PyTorch's (default: data)")
-    run.add_argument("--precision", choices=("fp32", "bf16"),
-                     help="bf16: automatic mixed precision (default: fp32)")
-    run.add_argument("--seed", type=number(int, 0, 2 ** 31),
-                     help="of split, order, noise and weights (default: 0)")
-    add("--out", default="ckpt.pt", metavar="FILE", help="checkpoint to write (default: ckpt.pt)")
+    data("--data", metavar="PATH", help="a folder (any depth), a .npy or .npz of uint8 pictures, a folder of "
+         "ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
+    data("--size", type=number(int, 1, 4096),
+         help="side in pixels; a multiple of 2^levels (default: 64; built-in 32)")
+    data("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3; disc and calpha 1)")
+    data("--patches", action="store_true", default=None,
+         help="cut each picture into size×size tiles instead of cropping and resizing it")
+    data("--val", type=number(float, 0, 0.9), help="fraction held out, at most 2000 (default: 0.05)")
+    data("--subset", choices=("first", "second"), help="one half of the training pictures (paper B)")
+    data("--limit", type=whole, help="at most this many training pictures (paper B)")
+    training("--width", type=number(int, 1, 4096), help="channels of E1 (default: 64; built-in 16)")
+    training("--levels", type=number(int, 1, 8),
+             help="encoder blocks (default: the smallest number with which M sees the whole picture)")
+    training("--sigma-max", type=number(float, 0, 100), help="largest σ, pictures in [0, 1] (default: 1)")
+    training("--batch", type=number(int, 1, 2 ** 16),
+             help="pictures a step, over all processes (default: 1024; built-in 32)")
+    training("--pictures", type=whole, metavar="N",
+             help="train on so many, counting repetitions (built-in: 150000)")
+    training("--epochs", type=number(float, 0, 1e12), help="times through them (default: 1000)")
+    training("--minutes", type=number(float, 0, 1e12), help="the schedule stretched to fit")
+    training("--precision", choices=("fp32", "bf16"), help="bf16: automatic mixed precision (default: fp32)")
+    training("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
+    add("--out", default="ckpt.pt", metavar="FILE.pt", help="checkpoint to write (default: ckpt.pt)")
     add("--resume", action="store_true", help="go on with --out exactly where it was saved")
     add("--force", action="store_true", help="overwrite --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--micro-batch", type=whole,
         help="pictures at a time; changes nothing but memory and speed (default: what fits)")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--save-every", type=number(float, 0, 300), metavar="SECONDS",
-        help="evaluate and save so often (default: a twentieth of the run, 15 to 300)")
+    add("--save-every", type=number(float, 0, 1e9), metavar="SECONDS",
+        help="evaluate and save so often (default: a twelfth of the run, 30 to 300)")
     add("--bench", action="store_true", help="only measure speed at this size")
-    return parser, vars(parser.parse_args())
+    return vars(parser.parse_args())
 
 
-def resolve(given, resume=None, path=""):
+def complete_flags(given, resume=None, path=""):
     """Complete the flags that define a run: those given, then (resuming) the checkpoint's, then the defaults.
 
-    Raises UserError, naming the flag, for one that contradicts the checkpoint or another flag. --epochs and
-    --minutes may lengthen a resumed run.
+    Raises UserError, naming the flag, for one that contradicts the checkpoint or another flag. The budget of
+    a resumed run may be raised. A given budget replaces the default or the old one.
     """
-    given = {k: given[k] for k in {**COMMON, **PAPER} if given[k] is not None}
+    given = {k: given[k] for k in COMMON | PAPER if given[k] is not None}
+    no_budget = dict.fromkeys(BUDGETS) if given.keys() & BUDGETS else {}
     if resume:
         saved = resume["flags"]
         for key, value in given.items():
-            longer = key in ("epochs", "minutes") and (saved[key] or 0) <= value
-            moved = key == "data" and saved[key] is not None  # train() compares the pictures themselves
+            longer = key in BUDGETS and (saved[key] or 0) <= value
+            moved = key == "data" and saved[key] is not None  # Run compares the pictures themselves
             if value != saved[key] and not longer and not moved:
                 raise UserError(f"--{key.replace('_', '-')} {value} contradicts {path}, trained with "
                                 f"{saved[key]}; leave it out to go on, or give another --out")
-        if given.keys() & {"epochs", "minutes"}:           # the new budget replaces the old one
-            saved = {**saved, "epochs": None, "minutes": None}
-        return {**saved, **given}
-    builtin = given.get("data") is None or given["data"] == "disc" or given["data"].startswith("calpha:")
-    flags = {**COMMON, **(PRESET if builtin else PAPER)}
-    if builtin and "data" in given:
+        return saved | no_budget | given
+    synthetic = is_synthetic(given.get("data"))
+    flags = COMMON | (SMALL if synthetic else PAPER) | no_budget
+    if synthetic and "data" in given:
         flags["channels"] = 1
-    if "minutes" in given or "epochs" in given:            # one given budget replaces the default one
-        flags |= dict(epochs=None, minutes=None)
     flags |= given
     if flags["levels"] is None:
         flags["levels"] = next(n for n in range(1, 9) if receptive_field(n) >= min(flags["size"], 700))
@@ -1141,61 +1360,66 @@ def resolve(given, resume=None, path=""):
 
 def choose_device(name):
     """A torch.device that works: the one named, or CUDA, MPS, CPU in this order. Raises UserError."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    cuda = torch.cuda.is_available() and f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = name or cuda or ("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: not available here") from None
-    return device
+    return torch.device(name)
 
 
-def main():
-    """The command line's work; returns the exit code."""
-    parser, given = arguments()
-    out, device = given["out"], choose_device(given["device"])
-    if given["bench"]:
-        bench(resolve(given), given["micro_batch"], device)
-        return 0
-    if given["resume"] and given["force"]:
-        raise UserError("--resume and --force: choose one")
-    if os.path.exists(out) and not (given["resume"] or given["force"]):
-        raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
-    if not os.path.isdir(os.path.dirname(out) or "."):
-        raise UserError(f"--out {out}: no such folder")
-    resume = load_checkpoint(out)[1] if given["resume"] else None
-    flags = resolve(given, resume, out)
-    if "RANK" in os.environ:                               # started by torchrun
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = []
+def join_processes(device):
+    """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
+    if "RANK" not in os.environ:
+        return
+    missing = [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
+
+def stop_on_signal(stop):
+    """Ctrl-C, SIGTERM and a closed terminal append to the list `stop`, so that the run can save and end."""
     def on_signal(number, _):
         stop.append(number)
         if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
             signal.signal(number, signal.SIG_DFL)
 
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, on_signal)
-    if int(os.environ.get("RANK", 0)) == 0:
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:        # nohup
+            signal.signal(getattr(signal, name), on_signal)
+
+
+def main():
+    """The command line's work; returns the exit code."""
+    given, stop = arguments(), []
+    out, device = given["out"], choose_device(given["device"])
+    if given["bench"]:
+        return bench(complete_flags(given), given["micro_batch"], device)
+    if given["resume"] and given["force"]:
+        raise UserError("--resume and --force: choose one")
+    if not out.endswith(".pt"):
+        raise UserError(f"--out {out or repr(out)}: the name must end in .pt")
+    resume = load_checkpoint(out)[1] if given["resume"] else None
+    if resume and "optimizer" not in resume:
+        raise UserError(f"{out}: weights only, without what --resume needs to go on exactly (Adam's state)")
+    if os.path.exists(out) and not (resume or given["force"]):
+        raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
+    check_outputs([out, beside(out, ".jsonl"), beside(out, ".png")], force=bool(resume) or given["force"])
+    flags = complete_flags(given, resume, out)
+    with only_run(out) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+        join_processes(device)
         if given["data"] is None and not resume:
-            print("no --data: built-in pictures, small preset (32×32, width 16, batch 32, 10 minutes)")
-        if given["levels"] is None and not resume:
-            print(f"levels        {flags['levels']}: the fewest with which M sees {flags['size']} pixels")
-    train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
-          stop=lambda: bool(stop))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
+        train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
+              stop=lambda: bool(stop), ready=lambda: stop_on_signal(stop))
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 128 + stop[0] if stop else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -10,16 +10,20 @@
                                     └ E3 ────── skip ───── D3 ┘          └ 2×2 average pooling
                                        └─────── M ────────┘             ┘ 2×2 transposed convolution
 """
-import torch
+import argparse
+import contextlib
+import hashlib
+import io
+import math
+import os
+import sys
+import time
+import zipfile
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # read when torch is imported: idle threads sleep,
+import torch                                              # and two processes on the same cores stay fast
 import torch.nn.functional as F
 from torch import nn
-
-FORMAT = "blind-denoiser-1"
-
-
-class UserError(ValueError):
-    """Input that the user can mend. The scripts print it as one line and exit with code 2."""
-
 
 # App. A.1, Architecture
 
@@ -73,17 +77,10 @@ class UNet(nn.Module):
                 *layer(2 * widths[k], widths[k]),         # 2: the skip is concatenated
                 *[m for _ in range(4) for m in layer(widths[k], widths[k])], *last)
 
-    def _block(self, name, a, averages):
-        out = self.blocks[name](a)
-        if averages is not None:                          # ā_j of §2.1
-            averages[name] = a.mean((2, 3)), out.mean((2, 3))
-        return out
-
-    def encode(self, y, averages=None):
+    def encode(self, y):
         """E1 … M only: y (N, C, H, W) -> M's activation maps (N, d, H/2^levels, W/2^levels), list of skips.
 
-        Raises ValueError if H or W is not a multiple of 2^levels. A dict given as `averages` is filled as by
-        `activations`.
+        Raises ValueError if H or W is not a multiple of 2^levels.
         """
         step = 2 ** self.levels
         if y.shape[2] % step or y.shape[3] % step:
@@ -91,18 +88,21 @@ class UNet(nn.Module):
                              f"{step} (2^levels)")
         a, skips = y.contiguous(memory_format=torch.channels_last), []       # the faster layout everywhere
         for k in range(1, self.levels + 1):
-            a = self._block(f"E{k}", a, averages)
+            a = self.blocks[f"E{k}"](a)
             skips.append(a)
             a = F.avg_pool2d(a, 2)                        # H, W halve
-        return self._block("M", a, averages), skips
+        return self.blocks["M"](a), skips
 
-    def forward(self, y, averages=None):
-        """x̂(y), (N, C, H, W), if 2^levels divides both sides. Arguments and errors: as for `encode`."""
-        a, skips = self.encode(y, averages)
+    def decode(self, a, skips):
+        """D… D1: M's maps and the skips, as `encode` returns them -> x̂, (N, C, H, W)."""
         for k in range(self.levels, 0, -1):
             a = torch.cat([skips[k - 1], self.up[f"D{k}"](a)], dim=1)        # H, W double
-            a = self._block(f"D{k}", a, averages)
+            a = self.blocks[f"D{k}"](a)
         return a
+
+    def forward(self, y):
+        """x̂(y), (N, C, H, W), if 2^levels divides both sides. Errors: as `encode`."""
+        return self.decode(*self.encode(y))
 
     def denoise(self, y):
         """x̂(y) for pictures of any size, (N, C, H, W), reflected at the border to a multiple of 2^levels."""
@@ -124,11 +124,17 @@ class UNet(nn.Module):
     def activations(self, y):
         """ā at the input and output of every block (§2.1): {name: ((N, d_in), (N, d_out))}, in running order.
 
-        A decoder block's input is the concatenation of its skip and of what comes from below. Errors: as
-        `encode`.
+        A decoder block's input is its skip and what comes from below, concatenated. Errors: as `encode`.
         """
-        averages = {}
-        self(y, averages)
+        averages, names = {}, {block: name for name, block in self.blocks.items()}
+
+        def record(block, inputs, out):
+            averages[names[block]] = inputs[0].mean((2, 3)), out.mean((2, 3))
+
+        with contextlib.ExitStack() as hooks:             # taken off again at its end
+            for block in names:
+                hooks.enter_context(block.register_forward_hook(record))
+            self(y)
         return averages
 
 
@@ -138,8 +144,7 @@ def phi(model, x, sigma, draws=1, generator=None, grad=False):
     """φ(x_σ) = E_z[ā_M(x + σz)] (§2.3), the mean over `draws` noise realisations: (N, width·2^levels).
 
     x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,), in the unit of x. generator: a
-    torch.Generator on x's device. Only the first half of the network runs; no gradient unless `grad`. Raises
-    ValueError as `encode` does.
+    torch.Generator on x's device. Only E1 … M run; no gradient unless `grad`. Errors: as `encode`.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     n, c, h, w = x.shape                       # z is drawn channels last, as the network runs
@@ -151,29 +156,220 @@ def phi(model, x, sigma, draws=1, generator=None, grad=False):
         return total / draws
 
 
-# Checkpoints
+# What all scripts share: reading a checkpoint, writing a file, the status line, the end
+
+FORMAT = "blind-denoiser-2"
+_is = lambda kind: lambda v: isinstance(v, kind)
+_in = lambda *values: lambda v: v in values
+_number = lambda low, high: lambda v: type(v) in (int, float) and low <= v <= high
+_whole = lambda low, high=2 ** 60: lambda v: type(v) is int and low <= v <= high
+_or_none = lambda check: lambda v: v is None or check(v)
+MODEL = dict(width=_whole(1, 4096), channels=_whole(1, 3), levels=_whole(1, 8))
+TRAINED = dict(size=_whole(1, 2 ** 16), sigma_max=_number(1e-9, 100))
+CHECKPOINT = TRAINED | dict(                              # what train.py writes, besides `optimizer`
+    model=_is(dict), weights=_is(dict), mean=_is(list), flags=_is(dict), training=_is(dict), step=_whole(0),
+    elapsed=_number(0, 1e12), fingerprint=_is(str))
+FLAGS = MODEL | TRAINED | dict(                           # what defines a training run
+    data=_or_none(_is(str)), patches=_is(bool), val=_number(0, 0.9), subset=_in(None, "first", "second"),
+    limit=_or_none(_whole(1)), batch=_whole(1), epochs=_or_none(_number(1e-9, 1e12)),
+    minutes=_or_none(_number(1e-9, 1e12)), pictures=_or_none(_whole(1)), precision=_in("fp32", "bf16"),
+    seed=_whole(0, 2 ** 31))
+
+
+class UserError(ValueError):
+    """Input that the user can mend. The scripts print it as one line and exit with code 2."""
+
 
 def load_checkpoint(path, device="cpu"):
     """Rebuild a model from its file alone: (UNet in evaluation mode on `device`, the checkpoint's dict).
 
-    The dict holds plain numbers, strings, lists and tensors, among them `model` (width, channels, levels),
-    `size` (pixels), `sigma_max`, `mean` (the mean colour, `channels` numbers in [0, 1]) and `training` (a
-    summary). Raises UserError, in one line, for a missing file and for anything that is not a whole
-    checkpoint of ours.
+    The dict holds plain numbers, strings, lists and tensors: `model` (width, channels, levels), `size`
+    (pixels), `sigma_max`, `mean` (the mean colour, in [0, 1]), `flags` (of the training), `training` (a
+    summary), and here also `sha256` of the file. Raises UserError, in one line, for anything that is not a
+    whole checkpoint of ours. Nothing in the file is executed.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            data = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception:          # every kind of foreign, truncated or malicious file raises a type of its own
-        raise UserError(f"{path}: not a checkpoint written by train.py (or cut short)") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: a torch file, but not a checkpoint written by train.py")
+    checkpoint = None
+    with contextlib.suppress(Exception):                  # a damaged or malicious file raises nearly anything
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if archive.testzip() is None:                 # every member's CRC; torch.load reads none
+                checkpoint = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint written by train.py, or damaged")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path}: a checkpoint of another version of train.py; train it again")
     try:
-        model = UNet(**checkpoint["model"])
-        model.load_state_dict(checkpoint["weights"], strict=True)
-        for key in "size", "sigma_max", "mean", "training":
-            checkpoint[key]
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]})") from None
-    return model.to(device).eval(), checkpoint
+        model = _rebuilt(checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        lines = str(error).splitlines()                   # torch's second line says what does not fit
+        what = f"no {error}" if isinstance(error, KeyError) else lines[min(1, len(lines) - 1)].strip()
+        raise UserError(f"{path}: damaged checkpoint ({what})") from None
+    checkpoint["sha256"] = hashlib.sha256(data).hexdigest()
+    return model.to(device).requires_grad_().eval(), checkpoint
+
+
+def _rebuilt(checkpoint):
+    """The UNet of a checkpoint's dict, every entry checked; raises nearly anything if one is wrong."""
+    model, weights = checkpoint["model"], checkpoint["weights"]
+    mean = lambda v: len(v) == model["channels"] and all(map(_number(0, 1), v))
+    for entries, checks in ((checkpoint, CHECKPOINT), (model, MODEL), (checkpoint["flags"], FLAGS),
+                            (checkpoint, dict(mean=mean))):
+        for key, good in checks.items():
+            if not good(entries[key]):
+                raise ValueError(f"{key} is out of range")
+    if checkpoint["size"] % 2 ** model["levels"]:
+        raise ValueError("size is no multiple of 2^levels")
+    if not all(v.is_floating_point() and bool(v.isfinite().all()) for v in weights.values()):
+        raise ValueError("weights that are not finite")
+    with torch.device("meta"):                            # costs nothing, whatever the width says
+        network = UNet(**{k: model[k] for k in MODEL})
+    network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True, assign=True)
+    return network
+
+
+def check_outputs(paths, force=False, flag="--out"):
+    """Before the work: UserError if one of these files could not be written, or exists without `force`."""
+    for path in map(str, paths):
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.basename(path) or os.path.isdir(path):
+            raise UserError(f"{flag} {path or repr(path)}: must name a file, not a folder")
+        if not os.path.isdir(folder):
+            raise UserError(f"{flag} {path}: there is no folder {folder}")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{flag} {path}: the folder {folder} is not writable")
+        if os.path.exists(path) and not force:
+            raise UserError(f"{path} exists: --force overwrites it, {flag} names another")
+
+
+@contextlib.contextmanager
+def write(path):
+    """A file to write bytes to, which becomes `path` once it is whole: readers see the old file or the new.
+
+    A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it; a full disk
+    and the like are a UserError.
+    """
+    target = os.path.realpath(path)
+    temporary = f"{target}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({(error.strerror or str(error)).lower()})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)                          # there only if something failed
+
+
+def say(text):
+    """Print a line in place of the status line. Whatever happens to standard output, the work goes on."""
+    _print("\r\033[K" * Progress.open + printable(text) + "\n")
+    Progress.open = False
+
+
+def _print(text):
+    with contextlib.suppress(OSError, ValueError):         # a closed pipe, a full disk, no console at all
+        if sys.stdout and int(os.environ.get("RANK", 0)) == 0:           # under torchrun, the first process
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def printable(text):
+    """`text` with what a terminal cannot show (bytes of a file name that are not UTF-8, newlines) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def duration(seconds):
+    """45 s, 12.3 min, 5.1 h, 31 days."""
+    for unit, length, limit in ("s", 1, 90), ("min", 60, 5400), ("h", 3600, 172800):
+        if seconds < limit:
+            return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
+    return f"{seconds / 86400:,.0f} days"
+
+
+class Progress:
+    """The status line: rewritten in place on a terminal, a plain line now and then elsewhere.
+
+    progress = Progress(begun); progress(fraction done, text). begun: what a run now resumed had done before.
+    """
+
+    open = False               # is the cursor behind a status line?
+
+    def __init__(self, begun=0.0):
+        self.begun, self.start, self.shown = begun, time.monotonic(), time.monotonic()
+
+    def left(self, fraction):
+        """Seconds left, by the rate so far."""
+        done, taken = fraction - self.begun, time.monotonic() - self.start
+        return taken * (1 - fraction) / done if done > 0 else math.inf
+
+    def __call__(self, fraction, text):
+        now, terminal = time.monotonic(), bool(sys.stdout) and sys.stdout.isatty()
+        if fraction > self.begun and now - self.shown > (0.5 if terminal else 15):
+            self.shown = now
+            line = printable(f"{duration(self.left(fraction))} left  {100 * fraction:3.0f} %  {text}")
+            _print("\r\033[K" + line[:79] if terminal else line + "\n")
+            Progress.open = terminal
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no guessing of shortened flags."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        """Exit with code 2 and one line."""
+        self.exit(2, printable(f"{self.prog}: {message} (--help lists the flags)") + "\n")
+
+
+def number(kind, low, high=2 ** 60):
+    """An argparse type: `kind` in [low, high], low excluded for floats; no NaN, no infinity."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (kind is float and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be {'above' if kind is float else 'at least'} {low:g}"
+                + f" and at most {high:g}" * (high < 2 ** 60))
+        return value
+    parse.__name__ = "integer" if kind is int else "number"
+    return parse
+
+
+def run(main):
+    """The last line of every script: run `main` and exit with the code that it returns.
+
+    What the user can mend (UserError, a file, too little memory) is one line and exit code 2; Ctrl-C is 130
+    and a closed pipe 141, without a word.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")     # consoles that know no σ
+    trouble, code = None, 2
+    try:
+        code = main() or 0
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 141
+    except UserError as error:
+        trouble = str(error)
+    except OSError as error:
+        trouble = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and "t allocate memory" not in str(error):           # a RuntimeError, on a CPU
+            raise
+        trouble = f"out of memory; smaller settings need less ({printable(str(error))[:60]})"
+    if trouble:
+        _print("\n" * Progress.open)
+        with contextlib.suppress(OSError, AttributeError):
+            print(f"{os.path.basename(sys.argv[0])}: {printable(trouble)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError, ValueError):          # else Python complains about it at exit
+        sys.stdout = open(os.devnull, "w")
+    sys.exit(code)
