@@ -689,7 +689,7 @@ def test_training_reaches_the_wiener_solution():
     torch.manual_seed(0)
     model = UNet(width=8, channels=1, levels=1)
     train.initialise(model, sample(64) + sigma * torch.randn(64, 1, n, n, generator=g), [0.0])
-    steps, optimizer = 500, torch.optim.Adam(model.parameters(), 3e-3)
+    steps, optimizer = 400, torch.optim.Adam(model.parameters(), 3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3 * train.learning_rate(step / steps)
         x = sample(64)
@@ -752,7 +752,7 @@ def test_killed_process_and_signals(tmp_path):
     # a killed or stopped run cannot go on, or ends elsewhere
     data = tiny_data(tmp_path)
     command = ["train.py", "--data", data, "--size", 8, "--width", 2, "--levels", 1, "--channels", 1,
-               "--batch", 8, "--epochs", 60, "--device", "cpu"]
+               "--batch", 8, "--epochs", 40, "--device", "cpu"]
     runs = {name: script(*command, "--out", tmp_path / f"{name}.pt", "--save-every", every)
             for name, every in (("whole", 9), ("killed", 1), ("stopped", 1))}
 
@@ -2018,8 +2018,7 @@ def dip_by_definition(v):
     at, before = np.arange(1, n + 1) / n, np.arange(n) / n
 
     def possible(d):
-        for m in range(
-            n):                          # the mode; what ends below it must not end above what begins there
+        for m in range(n):         # the mode: what ends below it must not end above what begins there
             left = least_end(np.append(at[:m], before[m]), np.append(before[:m], before[m]), x[:m + 1], d)
             right = least_end(-np.append(before[m + 1:][::-1], at[m]), -np.append(at[m + 1:][::-1], at[m]),
                               -x[m:][::-1], d)
@@ -2428,7 +2427,7 @@ def write_checkpoint(path, data, seed=0, **changes):
 
 
 @pytest.fixture(scope="module")
-def set_out(tmp_path_factory):
+def studio(tmp_path_factory):
     """A folder with 80 pictures in two classes, checkpoints, and what users get wrong."""
     folder, rng = tmp_path_factory.mktemp("analyze"), np.random.default_rng(0)
     for name in "data/a", "data/b", "few", "empty", "foreign", "own", "sub":
@@ -2453,9 +2452,9 @@ def set_out(tmp_path_factory):
     return folder
 
 
-def call_analyze(monkeypatch, place, *words):
-    """analyze.py in this process, in the folder `place`."""
-    monkeypatch.chdir(place)
+def call_analyze(monkeypatch, studio, *words):
+    """analyze.py in this process, in the folder `studio`."""
+    monkeypatch.chdir(studio)
     monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, words)])
     return analyze.main()
 
@@ -2479,24 +2478,24 @@ TINY_STUDY = "--draws", 2, "--steps", 3, "--pairs", 5, "--device", "cpu"
         "a.pt --draws 0", "a.pt --draws 1000000000", "a.pt --sigma 0", "a.pt --sigma nan", "a.pt --sigma inf",
         "a.pt --sigma -1", "a.pt --clusters 1", "a.pt --pairs 1", "a.pt --steps 1", "a.pt --seed -1",
         "a.pt --seed 1.5", "a.pt --dev cpu"))])
-def test_analyze_bad_input(place, monkeypatch, capsys, words, expected):
+def test_analyze_bad_input(studio, monkeypatch, capsys, words, expected):
     """What the user can mend would be a traceback, found only after the work, or leave something behind."""
-    before = {p.name for p in place.rglob("*")}
+    before = {p.name for p in studio.rglob("*")}
     kinds = (SystemExit, None) if expected == 2 else ((UserError, OSError), expected)
     with pytest.raises(kinds[0], match=kinds[1]) as end:
-        call_analyze(monkeypatch, place, *words.split(), *[] if "--device" in words else ["--device", "cpu"])
+        call_analyze(monkeypatch, studio, *words.split(), *[] if "--device" in words else ["--device", "cpu"])
     out, err = capsys.readouterr()
     assert expected != 2 or end.value.code == 2 and err.count("\n") == 1
-    assert "left" not in out and not [p for p in place.rglob("*.tmp")]
-    assert before <= {p.name for p in place.rglob("*")}
-    assert (place / "foreign" / "stability.png").read_bytes() == b"mine"
+    assert "left" not in out and not [p for p in studio.rglob("*.tmp")]
+    assert before <= {p.name for p in studio.rglob("*")}
+    assert (studio / "foreign" / "stability.png").read_bytes() == b"mine"
 
 
-def test_analyze_pictures_are_held_out(place):
+def test_analyze_pictures_are_held_out(studio):
     """Training pictures would be analysed as held-out ones, or the two sides of `denoising` be swapped."""
     flags = types.SimpleNamespace(data=None, seed=0, images=1000, draws=2, clusters=None, pairs=5, steps=3,
                                   pictures=None, sigma=[0.3, 0.1, 0.3])
-    model, checkpoint = unet.load_checkpoint(place / "a.pt")
+    model, checkpoint = unet.load_checkpoint(studio / "a.pt")
     pictures, rows, held_out = train.training_data(checkpoint["flags"])
     inside = lambda x, i: {v.tobytes() for v in x} <= {v.tobytes() for v in pictures.x[i]}
     study, key, paths, where = analyze.prepare(flags, "a.pt", model, checkpoint, "cpu")
@@ -2504,10 +2503,10 @@ def test_analyze_pictures_are_held_out(place):
     assert inside(study.training, rows) and inside(study.held_out, held_out) and len(study.training) == 48
     assert [pictures.labels[pictures.paths.index(p)] for p in paths] == list(study.labels)
     assert key["sigmas"] == [0.3, 0.1]
-    flags.data, flags.images = str(place / "data"), 50
+    flags.data, flags.images = str(studio / "data"), 50
     study, _, _, where = analyze.prepare(flags, "a.pt", model, checkpoint, "cpu")
     assert len(study.x) == 50 and where == "training and held-out"
-    flags.data = str(place / "data" / "a")
+    flags.data = str(studio / "data" / "a")
     study, _, _, where = analyze.prepare(flags, "a.pt", model, checkpoint, "cpu")
     assert study.training is None and where == "other pictures"
 
@@ -2519,11 +2518,11 @@ def finite_numbers(value):
     return isinstance(value, str) or value is not None and math.isfinite(value)
 
 
-def test_analyze_command_line(place, monkeypatch, capsys, quick):
+def test_analyze_command_line(studio, monkeypatch, capsys, quick):
     """A figure, the page or a number would be missing; an untrained network would confirm the paper."""
-    out = place / "figures"
-    words = ["a.pt", *TINY_STUDY, "--out", out, "--data", place / "data", "--clusters", 4]
-    assert call_analyze(monkeypatch, place, *words) == 0
+    out = studio / "figures"
+    words = ["a.pt", *TINY_STUDY, "--out", out, "--data", studio / "data", "--clusters", 4]
+    assert call_analyze(monkeypatch, studio, *words) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("φ is NOT alive, by use 0.00 dB") and "class agreement" in printed[0]
     record, page = json.loads((out / "results.json").read_text()), (out / "index.html").read_text()
@@ -2544,7 +2543,7 @@ def test_analyze_command_line(place, monkeypatch, capsys, quick):
     # a rerun of one analysis: its claims alone are printed, φ is not computed again, the rest is kept
     monkeypatch.setattr(analyze, "compute_phi", None)
     (out / "stability.png").write_bytes(b"kept")
-    assert call_analyze(monkeypatch, place, *words, "--only", "sparsity") == 0
+    assert call_analyze(monkeypatch, studio, *words, "--only", "sparsity") == 0
     printed = capsys.readouterr().out
     assert printed.count("paper: ") == 4 and "PR falls" in printed and "clusters" not in printed
     assert (out / "stability.png").read_bytes() == b"kept"
@@ -2552,21 +2551,23 @@ def test_analyze_command_line(place, monkeypatch, capsys, quick):
     assert set(again) == set(record["analyses"])
     assert again["sparsity"]["change"] == record["analyses"]["sparsity"]["change"]
     with pytest.raises(UserError, match="exists: --force"):            # other settings
-        call_analyze(monkeypatch, place, *words, "--seed", 1)
+        call_analyze(monkeypatch, studio, *words, "--seed", 1)
 
 
-def test_analyze_several_networks_and_corners(place, monkeypatch, capsys, quick):
+def test_analyze_several_networks_and_corners(studio, monkeypatch, capsys, quick):
     """Mean and spread over networks would be of other claims; a small σ_max or no classes crash it."""
-    call_analyze(monkeypatch, place, "a.pt", "b.pt", *TINY_STUDY, "--out", "many", "--only", "sparsity", "denoising")
+    call_analyze(monkeypatch, studio, "a.pt", "b.pt", *TINY_STUDY, "--out", "many",
+                 "--only", "sparsity", "denoising")
     printed = capsys.readouterr().out
     assert "2 networks: a, b" in printed and "over 2 networks" in printed and "not comparable in 2" in printed
-    read = lambda name: json.loads((place / name).read_text())
+    read = lambda name: json.loads((studio / name).read_text())
     values = [read(f"many/{v}/results.json")["analyses"]["sparsity"]["claims"][0]["value"] for v in "ab"]
     row = read("many/networks.json")["claims"][0]
     assert row["value"] == pytest.approx(np.mean(values), rel=1e-4)
     assert row["error"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
-    assert (place / "many" / "index.html").exists() and (place / "many" / "a" / "index.html").exists()
-    call_analyze(monkeypatch, place, "low.pt", *TINY_STUDY, "--out", "low", "--sigma", 0.005, "--data", "data/a",
+    assert (studio / "many" / "index.html").exists() and (studio / "many" / "a" / "index.html").exists()
+    call_analyze(monkeypatch, studio, "low.pt", *TINY_STUDY, "--out", "low", "--sigma", 0.005,
+                 "--data", "data/a",
          "--pictures", "data/a/0.png", "--clusters", 39)
     assert "40 pictures cannot make 39 clusters" in capsys.readouterr().out
     found = read("low/results.json")["analyses"]
@@ -2574,12 +2575,12 @@ def test_analyze_several_networks_and_corners(place, monkeypatch, capsys, quick)
     assert found["attributes"]["pictures"][0]["name"] == "0.png"
 
 
-def test_analyze_structureless_phi_through_the_whole_pipeline(place, monkeypatch, quick, tmp_path):
+def test_analyze_structureless_phi_through_the_whole_pipeline(studio, monkeypatch, quick, tmp_path):
     """Independent random rows with random labels would confirm a claim about φ."""
-    monkeypatch.chdir(place)
-    flags = types.SimpleNamespace(data=str(place / "data"), seed=0, images=60, draws=2, clusters=6, pairs=8,
+    monkeypatch.chdir(studio)
+    flags = types.SimpleNamespace(data=str(studio / "data"), seed=0, images=60, draws=2, clusters=6, pairs=8,
                                   steps=3, pictures=None, sigma=[0.3, 0.1])
-    model, checkpoint = unet.load_checkpoint(place / "a.pt")
+    model, checkpoint = unet.load_checkpoint(studio / "a.pt")
     for seed in range(2):
         study, r = analyze.prepare(flags, "a.pt", model, checkpoint, "cpu")[0], np.random.default_rng(seed)
         study.alive, study.out, study.labels = dict(why="", untrained=[]), str(tmp_path), r.integers(0, 4, 60)
