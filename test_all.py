@@ -752,9 +752,9 @@ def test_killed_process_and_signals(tmp_path):
     # a killed or stopped run cannot go on, or ends elsewhere
     data = tiny_data(tmp_path)
     command = ["train.py", "--data", data, "--size", 8, "--width", 2, "--levels", 1, "--channels", 1,
-               "--batch", 8, "--epochs", 40, "--device", "cpu"]
+               "--batch", 8, "--epochs", 60, "--device", "cpu"]
     runs = {name: script(*command, "--out", tmp_path / f"{name}.pt", "--save-every", every)
-            for name, every in (("whole", 9), ("killed", 1), ("stopped", 1))}
+            for name, every in (("whole", 9), ("killed", 0.05), ("stopped", 0.05))}
 
     def wait_for_saves(name, lines):
         log = tmp_path / f"{name}.jsonl"
