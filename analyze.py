@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
 from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots, evaluate,
-                   grid, initialise, limits, line, load_picture, picture_rows, plot, rule, seeded, to_batch,
-                   to_image, training_data)
+                   grid, initialise, limits, line, load_picture, nearest, own_class, picture_rows, plot, rule,
+                   seeded, to_batch, to_image, training_data)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 96               # pictures for what needs the whole network at many noise levels
@@ -503,25 +503,11 @@ def attributes(study):
 
 # §2.5, Denoising and emergent semantic similarity (Fig. 5, 14)
 
-def nearest(code, queries, k):
-    """Indices (q, k) of the k rows of code (n, d) nearest to its rows `queries` by cosine, nearest first."""
-    unit = F.normalize(code, dim=1)
-    cosine = unit[queries] @ unit.T
-    cosine[torch.arange(len(queries)), torch.as_tensor(queries)] = -2          # not itself
-    return cosine.topk(min(k, len(code) - 1), dim=1).indices.numpy()
-
-
 def class_agreement(code, labels, k=10):
-    """(share of the k nearest that are of the picture's class, one value a picture; the same by chance).
-
-    Pictures without a class (−1) are left out. NaN without two classes.
-    """
-    code, labels = code[labels >= 0], labels[labels >= 0]
-    names, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        return np.array([math.nan]), math.nan
-    same = labels[nearest(code, np.arange(len(labels)), k)] == labels[:, None]
-    return same.mean(1), float((counts[index] - 1).mean() / (len(labels) - 1))
+    """(`own_class`, one value a picture; the same by chance, NaN without two classes)."""
+    names, index, counts = np.unique(labels[labels >= 0], return_inverse=True, return_counts=True)
+    chance = (counts[index] - 1).mean() / (len(index) - 1) if len(names) > 1 else math.nan
+    return own_class(code, labels, k), float(chance)
 
 
 def two_groups(code, target, size):

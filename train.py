@@ -532,18 +532,29 @@ def aliveness(model, x):
     return dict(use=use_of_M(model, x), **spread(code(model, x, 4)))
 
 
-def class_agreement(code, labels, k=10):
-    """Share of the k nearest by cosine that have the picture's own class, a mean over pictures.
+def nearest(code, queries, k):
+    """Indices (q, k) of the k rows of code (n, d) nearest to its rows `queries` by cosine, nearest first."""
+    unit = F.normalize(code, dim=1)
+    cosine = unit[queries] @ unit.T
+    cosine[torch.arange(len(queries)), torch.as_tensor(queries)] = -2          # not itself
+    return cosine.topk(min(k, len(code) - 1), dim=1).indices.cpu().numpy()
 
-    code: (N, d); labels: (N,), −1 for no class: left out. None if there are not two classes.
+
+def own_class(code, labels, k=10):
+    """Share of the k nearest that are of the picture's own class, one value for each picture that has one.
+
+    code: (N, d); labels: (N,), −1 for no class. [NaN] without two classes.
     """
     code, labels = code[labels >= 0], labels[labels >= 0]
-    k = min(k, len(labels) - 1)
-    if k < 1 or len(set(labels)) < 2:
-        return None
-    u = F.normalize(code.flatten(1), dim=1)
-    near = (u @ u.T).fill_diagonal_(-math.inf).topk(k, 1).indices.cpu().numpy()
-    return float((labels[near] == labels[:, None]).mean())
+    if len(set(labels)) < 2:
+        return np.array([math.nan])
+    return (labels[nearest(code, np.arange(len(labels)), k)] == labels[:, None]).mean(1)
+
+
+def class_agreement(code, labels, k=10):
+    """The mean of `own_class`, for the curve; None without two classes."""
+    share = float(own_class(code, labels, k).mean())
+    return None if math.isnan(share) else share
 
 
 # A.2, Pictures
