@@ -237,7 +237,8 @@ class Run:
             first = batch_rows(self.rows, 0, min(flags["batch"], 64), seed)
             _, y, _ = noisy_batch(self.pictures.x, first, 0, seed, flags["sigma_max"], device)
             initialise(self.model, y, self.mean)
-            self.summary = dict(agreement_untrained=self.code_quality()["agreement"])
+            classes = len(self.pictures.classes) > 1       # without, there is nothing to compare with later
+            self.summary = dict(agreement_untrained=self.code_quality()["agreement"] if classes else None)
         for p in self.model.parameters() if self.world > 1 else ():
             dist.broadcast(p.data, 0)
         if compiled:
