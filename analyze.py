@@ -32,14 +32,15 @@ import torch.nn.functional as F
 
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
-from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots, evaluate,
-                   grid, initialise, limits, line, load_picture, nearest, own_class, picture_rows, plot, rule,
-                   seeded, to_batch, to_image, training_data)
+from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, alpha_of, bars, caption, choose_device, dots,
+                   draw_disc, evaluate, grid, initialise, limits, line, load_picture, nearest, own_class,
+                   picture_rows, plot, rule, seeded, split, to_batch, to_image, training_data, training_part)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 96               # pictures for what needs the whole network at many noise levels
 POOL = 4000               # pictures for what compares all with all
 SIGMAS = 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0            # of Fig. 2
+LESS_COLOUR = "pixels less their mean colour"
 NOTHING = math.nan, math.nan                               # a value and its error, not measured
 ANALYSES = {}
 
@@ -1070,6 +1071,391 @@ def denoising(study, parts=8):
                 pictures={name: len(v) for name, v in sides.items()})
 
 
+# Paper B, §2, Generalisation (its Fig. 1, 2; --versus)
+
+def posterior_mean(y, sigma, x):
+    """E[x | y] (B, C, H, W) if x is one of N pictures x (N, C, H, W), all alike likely; y: their noisy ones.
+
+    The exact minimiser of Eq. 1 on a finite training set, a softmax of −‖y − x_i‖²/2σ²: memorisation itself.
+    It is told σ; a blind network reads it off y, to one part in √(2D).
+    """
+    flat, pictures = y.flatten(1).double(), x.flatten(1).double()
+    weights = (-torch.cdist(flat, pictures).square() / (2 * sigma ** 2)).softmax(1)            # (B, N)
+    return (weights @ pictures).view(y.shape).to(y)
+
+
+@torch.no_grad()
+def psnr_curve(denoise, x, sigmas):
+    """PSNR in dB, (len(sigmas),), 100 at most, of denoise(y, σ) on pictures x, always with the same noise."""
+    found = []
+    for k, sigma in enumerate(sigmas):
+        y = x + sigma * torch.randn(x.shape, generator=seeded(x.device, 57, k), device=x.device)
+        error = torch.cat([denoise(part, sigma) for part in y.split(BATCH)]) - x
+        found.append(-10 * math.log10(max(1e-10, float(error.square().mean()))))
+    return np.array(found)
+
+
+def to_nearest(a, b):
+    """For each row of a (n, d): its cosine to the nearest row of b (N, d), (n,), and which row that is."""
+    best = (F.normalize(a.flatten(1), dim=1) @ F.normalize(b.flatten(1), dim=1).T).max(1)
+    return best.values.cpu().numpy(), best.indices.cpu().numpy()
+
+
+def compare_pair(study, pair, samples=32):
+    """Fig. 1, 2 for two networks with disjoint training sets, pair [(model, training pictures)] * 2.
+
+    Returns (numbers, four rows of eight pictures: A's samples, the nearest in A's training set, and B's).
+    PSNR: means of both networks. Cosines, in pixels, pixels less their mean colour and φ: agreement of the
+    two samples from the same noise; shuffled, from other noise; nearest, of a sample to its training set (at
+    most POOL of it); held_out, of held-out pictures to the same.
+    """
+    held, N, curves, drawn = study.pictures(range(len(study.x))), len(pair[0][1]), {}, []
+    sigmas = [s for s in SIGMAS if 0.05 <= s <= study.sigma_max]
+    mean = torch.tensor(study.checkpoint["mean"], device=study.device)
+    for k, (model, x) in enumerate(pair):
+        study.progress(k / 2, f"N = {N:,}")
+        for side, pictures in ("training", x[torch.randperm(len(x), generator=study.noise(58))[:512]]), (
+                "held out", held):
+            for name, denoise in ("", lambda y, s: model.denoise(y)), ("exact, ", lambda y, s: posterior_mean(
+                    y, s, x)):
+                curves.setdefault(name + side, []).append(psnr_curve(denoise, pictures, sigmas))
+        generators = [seeded("cpu", study.seed, 59, i) for i in range(samples)]
+        drawn.append(sample_unconditional(model, mean, held.shape[1:], generators, study.sigma_max, 0.05,
+                                          0.01, 0.1, 600)[0].clamp(0, 1))      # paper B's h₀, β and σ_end
+    out = dict(N=N, sigmas=sigmas, psnr={name: np.mean(v, 0) for name, v in curves.items()})
+    for name, space in {
+            "pixels": lambda model, v: v, LESS_COLOUR: lambda model, v: less_colour(v), "φ": lambda model, v:
+            torch.cat([phi(model, part, 0.3, 4, study.noise(61)) for part in v.split(BATCH)])}.items():
+        a, b = (space(pair[0][0], v).flatten(1) for v in drawn)
+        sets = [space(model, x[:POOL]) for model, x in pair]
+        own = [to_nearest(space(m, v), t) for v, (m, _), t in zip(drawn, pair, sets)]
+        control = [to_nearest(space(m, held[:samples]), t)[0] for (m, _), t in zip(pair, sets)]
+        out[name] = dict(agreement=F.cosine_similarity(a, b).cpu().numpy(),
+                         shuffled=[float(F.cosine_similarity(a, b.roll(k, 0)).mean()) for k in (1, 2, 3)],
+                         nearest=np.concatenate([v for v, _ in own]), held_out=np.concatenate(control))
+        if name == LESS_COLOUR:
+            rows = [part for v, (_, at), (_, x) in zip(drawn, own, pair) for part in (v[:8], x[at[:8]])]
+    return out, rows
+
+
+def generalisation(study, pairs):
+    """Paper B, Fig. 1, 2: the numbers of `compare_pair` for every pair, by N, figures and claims.
+
+    Nulls: samples from other noise; the smallest N. Control: held-out pictures instead of samples.
+    """
+    found, rows = zip(*(compare_pair(study, pair) for pair in pairs))
+    least, most, claim = found[0], found[-1], functools.partial(study.claim, on_phi=False)
+    small = lambda value: {f"N = {least['N']:,}": [value]} if len(found) > 1 else {}
+    gap = lambda v: v["psnr"]["training"] - v["psnr"]["held out"]
+    cosine = lambda v, key: mean_se(v[LESS_COLOUR][key])
+    lead = lambda v: cosine(v, "nearest")[0] - cosine(v, "held_out")[0]
+    error = math.hypot(cosine(most, "nearest")[1], cosine(most, "held_out")[1])
+    claims = [
+        claim(f"memorised at N = {least['N']:,}", "paper B, Fig. 1, 2", "copies", cosine(least, "nearest"),
+              "samples", {"held-out pictures": [cosine(least, "held_out")[0]]}, 1, 0.05,
+              cosine(least, "nearest")[0] >= 0.95, f"cosine ({LESS_COLOUR}) to the nearest training picture, "
+              "at least 0.95"),
+        claim(f"training and held-out PSNR agree at N = {most['N']:,}", "paper B, Fig. 1", "equal at 100,000",
+              mean_se(gap(most)), "noise levels", small(gap(least).mean()), -1, 0.1, gap(most).mean() <= 0.1,
+              "mean difference in dB, at most 0.1"),
+        claim(f"two networks draw the same at N = {most['N']:,}", "paper B, Fig. 2", "same at 100,000",
+              cosine(most, "agreement"), "samples", {"other noise": most[LESS_COLOUR]["shuffled"],
+                                                     **small(cosine(least, "agreement")[0])}, 1, 0.05,
+              cosine(most, "agreement")[0] >= 0.8, f"cosine ({LESS_COLOUR}) of samples from the same noise, "
+              "at least 0.8"),
+        claim(f"these are new at N = {most['N']:,}", "paper B, Fig. 2", "new at 100,000", (lead(most), error),
+              "samples", small(lead(least)), -1, 0.05, lead(most) <= 0.05,
+              "cosine to the nearest training picture, less that of held-out pictures; at most 0.05")]
+    study.figure("generalisation", draw_generalisation(found),
+                 "Paper B, Fig. 1, 2. Above: PSNR on training pictures (orange) and others (blue), and what "
+                 "exact memorisation gives (black; gray: on its own pictures, mostly far above). Below: do "
+                 "two networks with no training picture in common draw the same from the same noise?")
+    names = "A's samples", "nearest in training", "B's, same noise", "nearest in training"
+    sheets = [picture_rows(list(zip(names, four)), f"N = {v['N']:,}", 80) for v, four in zip(found, rows)]
+    study.figure("originals", grid(sheets, 2, 24),
+                 "Paper B, Fig. 2. Samples of two networks from the same noise, and the training picture "
+                 "nearest to each: copies where N is small, the same new pictures where it is large enough.")
+    return dict(pairs=found, claims=claims)
+
+
+def draw_generalisation(found):
+    """For every N (at most six) a plot of PSNR and the histograms of cosines; mean cosines against N."""
+    shown = [found[i] for i in sorted({round(v) for v in np.linspace(0, len(found) - 1, 6)})]
+    x, N = [-20 * math.log10(s) for s in found[0]["sigmas"]], [v["N"] for v in found]
+    top = max(max(v["psnr"]["training"].max(), v["psnr"]["held out"].max()) for v in found) + 3
+    colors = {"training": ORANGE, "held out": BLUE, "exact, training": GRAY, "exact, held out": "#000000"}
+    psnr = [plot((530, 460), [line(x, v["psnr"][k], k, c) for k, c in colors.items()], "input PSNR (dB)",
+                 "output PSNR (dB)", f"N = {v['N']:,}", ylim=(5, top)) for v in shown]
+    kinds = {"agreement": ("the two samples", BLUE), "nearest": ("sample to training", ORANGE),
+             "shuffled": ("other noise", GRAY), "held_out": ("held out to training", GREEN)}
+    histograms = [plot((530, 360), [bars(v[LESS_COLOUR][k], 30, (-0.2, 1), *kinds[k]) for k in (
+        "agreement", "nearest")], "cosine", "samples", f"N = {v['N']:,}") for v in shown]
+    against_N = [plot((530, 460), [line(N, [np.mean(v[space][k]) for v in found], *kinds[k], True)
+                                   for k in kinds], "N", "mean cosine", space, log="x")
+                 for space in ("pixels", LESS_COLOUR, "φ")]
+    return grid([grid(psnr, 3, 5), grid(histograms, 3, 5), grid(against_N, 3, 5)], 1)
+
+
+# Paper B, §3, Inductive biases (its Fig. 3)
+
+def wiener(x):
+    """The best linear denoiser of pictures like x (n, C, H, W): (denoise(y, σ), λ(σ) (m,), vectors (D, m)).
+
+    λ = v/(v + σ²), falling, and vectors are its J's: x's principal components and their variances v. It has
+    one basis for every picture: what "adapted to the picture" is held against.
+    """
+    mean = x.flatten(1).mean(0)
+    _, s, V = torch.linalg.svd(x.flatten(1) - mean, full_matrices=False)                       # V: (m, D)
+    kept = lambda sigma: 1 / (1 + sigma ** 2 * len(x) / s.square().clamp_min(1e-12))
+    return lambda y, sigma: (mean + ((y.flatten(1) - mean) @ V.T * kept(sigma)) @ V).view(y.shape), kept, V.T
+
+
+def ritz(product, start, k):
+    """The k largest eigenvalues, falling, and eigenvectors (D, k) of a symmetric operator, product(v (D,)).
+
+    Rayleigh and Ritz's, on the Krylov space of `start` (D,) of dimension 2k + 20.
+    """
+    m, v = min(len(start), 2 * k + 20), start
+    Q, SQ = start.new_zeros(m, len(start)), start.new_zeros(m, len(start))
+    for j in range(m):
+        for fresh in (v, start.roll(j)):                   # the second: where the space is exhausted
+            for _ in range(2):                             # twice is enough against rounding
+                v = fresh = fresh - (fresh @ Q[:j].T) @ Q[:j]
+            if v.norm() > 1e-6 * SQ.norm():
+                break
+        Q[j] = v / v.norm()
+        SQ[j] = v = product(Q[j])
+    values, vectors = torch.linalg.eigh((SQ @ Q.T + Q @ SQ.T) / 2)
+    return values[-k:].flip(0), (Q.T @ vectors[:, -k:]).flip(1)
+
+
+@torch.no_grad()
+def shrinkage(model, y, k=64, full=1024, generator=None):
+    """How x̂ depends on y (C, H, W), of D values: x̂ = Jy + b, and the eigenvectors of J's symmetric part.
+
+    (An optimal denoiser's J is symmetric: σ²J is the covariance of x given y.) Returns dict(x_hat (D,),
+    values λ (m,), falling, vectors (D, m), trace Σλ, the effective rank, asymmetry ‖J − Jᵀ‖/‖J‖, bias
+    ‖b‖/‖x̂‖). For D ≤ `full` from all of J, m = D; beyond, m = k by products alone, trace and asymmetry from
+    32 random v = ±1: E[vᵀJv] = Σλ, E‖Jv‖² = ‖J‖².
+    """
+    flat, D = y.flatten(), y.numel()
+    f = lambda v: model.denoise(v.view(1, *y.shape)).flatten()
+    x_hat, pull = torch.func.vjp(f, flat)
+    _, push = torch.func.vjp(lambda u: torch.func.vjp(f, flat)[1](u)[0], torch.zeros_like(flat))
+    J_times, JT_times = lambda v: push(v)[0], lambda v: pull(v)[0]     # (torch's jvp fails in GroupNorm)
+    if D <= full:
+        rows = torch.eye(D, device=y.device, dtype=y.dtype)
+        J = torch.func.vmap(JT_times, chunk_size=64)(rows)                     # (D, D)
+        values, vectors = (v.flip(-1) for v in torch.linalg.eigh((J + J.T) / 2))
+        trace, asymmetry = J.trace(), (J - J.T).norm() / J.norm()
+    else:
+        signs = torch.randint(0, 2, (32, D), generator=generator, device=y.device).to(y) * 2 - 1
+        Jv, JTv = (torch.stack([product(v) for v in signs]) for product in (J_times, JT_times))
+        trace, asymmetry = (signs * Jv).sum(1).mean(), (Jv - JTv).norm() / Jv.norm()
+        values, vectors = ritz(lambda v: (J_times(v) + JT_times(v)) / 2, Jv[0], k)
+    return dict(x_hat=x_hat, values=values, vectors=vectors, trace=float(trace), asymmetry=float(asymmetry),
+                bias=float((x_hat - J_times(flat)).norm() / x_hat.norm()))
+
+
+def sure(y, x_hat, trace, sigma):
+    """Stein's unbiased estimate of ‖x̂ − x‖² (pixels²), from y alone: ‖y − x̂‖² + σ² (2 tr J − D)."""
+    return float((y.flatten() - x_hat.flatten()).square().sum() + sigma ** 2 * (2 * trace - y.numel()))
+
+
+@analysis(12, "harmonics")
+def harmonics(study, pictures=4):
+    """Paper B, Fig. 3: the basis in which the network shrinks a noisy picture, at the σ that is analysed.
+
+    Adapted: share of the contrast ‖x − its mean colour‖² in the first Σλ vectors. Decay: rank correlation of
+    λ_k with ⟨x, e_k⟩², k ≤ 200. Both less the same in the Wiener filter's basis.
+    Nulls: the basis of another picture; a network of random weights. (The untrained network of the other
+    analyses returns the mean colour: its J is 0.)
+    """
+    chosen, sigma, found = study.choose(pictures, 50), study.sigma or 0.1, []
+    x = study.pictures(chosen)
+    y = x + sigma * torch.randn(x.shape, generator=study.noise(51), device=x.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(study.seed)
+        random = UNet(**study.checkpoint["model"]).to(study.device).eval()
+    for i, noisy in enumerate(y):
+        study.progress(i / len(y), f"Jacobian at picture {i + 1}")
+        generator = study.noise(52, i)
+        found.append([shrinkage(model, noisy, generator=generator) for model in (study.model, random)])
+    here, untrained = zip(*found)
+    _, kept, basis = wiener(to_batch(np.delete(study.x, chosen, 0), study.device))
+    linear = dict(values=kept(sigma), vectors=basis)
+    ranks_ = [max(1, round(v["trace"])) for v in here]
+
+    def measured(bases):                                   # of `shrinkage`, one a picture -> (2, pictures)
+        squares = [(less_colour(u[None])[0] @ v["vectors"]).square() for u, v in zip(x, bases)]
+        return np.array([[float(c[:k].sum()) for c, k in zip(squares, ranks_)],
+                         [rank_correlation(v["values"][:200].cpu().numpy(), c[:200].cpu().numpy())
+                          for c, v in zip(squares, bases)]])
+
+    own, fixed = measured(here), measured([linear] * len(x))
+    claims = claims_on_basis(study, own - fixed, {
+        "another picture's": [measured(here[s:] + here[:s]) - fixed for s in range(1, len(x))],
+        "untrained": [measured(untrained) - fixed]}, here, untrained)
+    study.figure("harmonics", draw_harmonics(study, x, y, here, linear),
+                 f"Paper B, Fig. 3. A picture, with noise (σ = {sigma:g}), denoised, and eigenvectors e_k of "
+                 "the denoiser's Jacobian there: do they oscillate along the picture's own contours? Below: "
+                 "how much of each is kept (λ), and how much of the picture's contrast it holds.")
+    return dict(sigma=sigma, claims=claims, compaction=own[0], decay=own[1], compaction_Wiener=fixed[0],
+                decay_Wiener=fixed[1], values=[v["values"][:200] for v in here],
+                effective_rank=[v["trace"] for v in here], asymmetry=[v["asymmetry"] for v in here],
+                bias=[v["bias"] for v in here],
+                sure=[sure(v, f["x_hat"], f["trace"], sigma) for v, f in zip(y, here)],
+                squared_error=[(f["x_hat"].view(u.shape) - u).square().sum() for u, f in zip(x, here)])
+
+
+def claims_on_basis(study, lead, nulls, here, untrained):
+    """The claims of `harmonics`: its leads over the Wiener filter's basis, (2, pictures); J's asymmetry."""
+    asymmetry = mean_se([v["asymmetry"] for v in here])
+    return [*(study.claim(text, "paper B, Fig. 3", "picture", mean_se(lead[i]), "pictures",
+                          {name: [v[i].mean() for v in null] for name, null in nulls.items()}, 1, 0.02,
+                          beyond(mean_se(lead[i])), f"{rule}, less that of the Wiener filter", on_phi=False)
+              for i, text, rule in (
+                  (0, "the basis is adapted to the picture", "share of its contrast that Σλ vectors hold"),
+                  (1, "eigenvalues and coefficients decay together", "rank correlation of λ_k, ⟨x, e_k⟩²"))),
+            study.claim("the Jacobian is nearly symmetric", "paper B, §3", "an optimal one is", asymmetry,
+                        "pictures", dict(untrained=[v["asymmetry"] for v in untrained]), -1, 0.1,
+                        asymmetry[0] <= 0.3, "‖J − Jᵀ‖/‖J‖, at most 0.3", on_phi=False)]
+
+
+def draw_harmonics(study, x, y, here, linear):
+    """Eigenvectors as pictures, a row a picture, the Wiener filter's below; eigenvalues and coefficients."""
+    most = min(v["vectors"].shape[1] for v in (here[0], linear))
+    places = [k for k in (1, 2, 3, 5, 8, 12, 20, 30, 45) if k <= most]
+
+    def row(first, basis):
+        vectors = basis["vectors"][:, [k - 1 for k in places]].T.reshape(-1, *x.shape[1:])
+        return grid([*first, *[to_image(0.5 + 0.5 * v / v.abs().max(), 128) for v in vectors]], 12, 4)
+
+    def coefficients(u, basis):                            # ⟨x, e_k⟩², k ≤ 200, the mean of five neighbours
+        square = (less_colour(u[None])[0] @ basis["vectors"][:, :200]).square().cpu().numpy()
+        return np.convolve(square, np.ones(5) / 5, "valid").clip(1e-7)
+
+    head = [caption(name, 22, 128) for name in ("x", "y", "x̂", *(f"e {k}" for k in places))]
+    rows = [row([to_image(v, 128) for v in (u, noisy, f["x_hat"].view(u.shape))], f) for u, noisy, f in
+            zip(x, y, here)]
+    rows.append(row([caption("Wiener: one basis for all", 22, 260), to_image(study.pictures(
+        range(len(study.x))).mean(0), 128)], linear))
+    names = [*(f"picture {i + 1}" for i in range(len(x))), "Wiener"]
+    values = [line(range(1, 1 + len(v)), v, n) for n, v in zip(names, (
+        basis["values"][:200].cpu() for basis in (*here, linear)))]
+    squares = [line(range(3, 3 + len(v)), v, n) for n, v in zip(names, map(coefficients, x, here))]
+    plots = [plot((796, 500), values, "k", "eigenvalue λ_k"),
+             plot((796, 500), squares, "k", "⟨x, e_k⟩² (mean of five)", log="y")]
+    return grid([grid(head, 12, 4), *rows, grid(plots, 2)], 1)
+
+
+# Paper B, §3, Near-optimal denoising of regular pictures (its Fig. 4, 5)
+
+FIT = [10 ** (-psnr / 20) for psnr in range(10, 31, 2)]    # σ of the fit: input PSNR 10 to 30 dB
+
+
+def slope(psnr):
+    """Least-squares slope of output PSNR (…, len(FIT)), in dB, against input PSNR."""
+    x = -20 * np.log10(FIT)
+    return np.asarray(psnr) @ (x - x.mean()) / np.square(x - x.mean()).sum()
+
+
+def disc_tangents(size, place):
+    """(a disc (1, size, size), an orthonormal basis (D, 5) of the tangent space of all discs there).
+
+    place (5,): position, across and down, radius, ground, intensity; by central differences.
+    """
+    steps = 1e-4 * np.concatenate([np.eye(5), -np.eye(5)])
+    ends = np.stack([draw_disc(size, *(place + step)) for step in steps])      # (10, 1, size, size)
+    basis = torch.linalg.qr(torch.from_numpy(ends[:5] - ends[5:]).flatten(1).T)[0]
+    return torch.from_numpy(draw_disc(size, *place)).float(), basis.float()
+
+
+def disc_jacobian(study, discs=4):
+    """Fig. 5, right: the first 12 λ at noisy discs, (mean (12,), how many exceed 1/2); and the share of the
+    tangent space's five dimensions that the first five eigenvectors hold, (mean, error)."""
+    values, held = [], []
+    for i in range(discs):
+        rng, generator = study.rng(55, i), study.noise(56, i)
+        place = np.array([*rng.uniform(0.4, 0.6, 2), rng.uniform(0.15, 0.25), 0.2, 0.8])
+        x, tangents = (v.to(study.device) for v in disc_tangents(study.checkpoint["size"], place))
+        y = x + study.sigma * torch.randn(x.shape, generator=generator, device=study.device)
+        found = shrinkage(study.model, y, full=4096)
+        values.append(found["values"][:12].cpu().numpy())
+        held.append(float((found["vectors"][:, :5].T @ tangents).square().sum() / 5))
+    return dict(eigenvalues=np.mean(values, 0), above_half=float(np.mean([(v > 0.5).sum() for v in values])),
+                tangent_share=mean_se(held))
+
+
+@analysis(3, "regularity")
+def regularity(study, parts=8):
+    """Paper B, Fig. 4, 5: slope of output against input PSNR, for networks trained on calpha:A or disc.
+
+    Optimal: A/(A + 1) for C^A pictures; 1 for discs, a manifold of five dimensions, whose least error is 5σ².
+    Fitted over input PSNR 10 to 30 dB; error over parts of the held-out pictures, and with several networks
+    over these. Near optimal: within 0.1.
+    Null: the Wiener filter of the training pictures, which is blind to geometry.
+    """
+    data, channels = study.checkpoint["flags"]["data"] or "", study.model.channels
+    if not data.startswith(("calpha", "disc")) or study.training is None or channels > 1:
+        raise Skip("only for networks trained on --data disc or calpha:A, in gray, and their own pictures")
+    alpha = alpha_of(data) if data != "disc" else 1e9
+    best, x = alpha / (alpha + 1), to_batch(study.held_out, study.device)
+    psnr = [psnr_curve(lambda y, s: study.model.denoise(y), part, FIT) for part in x.tensor_split(parts)]
+    linear = psnr_curve(wiener(to_batch(study.training, study.device))[0], x, FIT)
+    found = mean_se(slope(psnr))
+    claims = [study.claim(
+        f"slope on {data} is near the optimum {best:.2f}", "paper B, Fig. 4, 5",
+        {1: ".46", 2: ".61", 3: ".75", 5: ".83", 1e9: "below 1"}.get(alpha, "–"), found, "parts",
+        dict(Wiener=[float(slope(linear))]), 1, 0.02, abs(found[0] - best) <= 0.1,
+        "dB of output per dB of input; within 0.1 of the optimum, above the linear filter's", on_phi=False)]
+    numbers = dict(data=data, slope=found, optimum=best, linear=float(slope(linear)), sigmas=FIT,
+                   psnr=np.mean(psnr, 0), linear_psnr=linear, claims=claims,
+                   **(disc_jacobian(study) if data == "disc" else {}))
+    study.figure("regularity", draw_regularity([numbers]), REGULARITY)
+    return numbers
+
+
+def compare_regularity(out, folders):
+    """The claim on the slopes of several networks, and their figure, from each one's results.json."""
+    read = lambda name: json.loads(Path(out, name, "results.json").read_bytes())
+    found = [read(name)["analyses"]["regularity"] for name in folders]
+    if not all("slope" in v for v in found):
+        raise UserError("regularity is for networks trained on --data disc or calpha:A")
+    best = sorted({v["optimum"] for v in found})
+    here, linear = ([np.mean([np.ravel(v[key])[0] for v in found if v["optimum"] == b]) for b in best]
+                    for key in ("slope", "linear"))
+    with write(os.path.join(out, "regularity.png")) as file:
+        draw_regularity(found).save(file, "png")
+    each = ", ".join(f"{a:.2f} (optimum {b:.2f}, Wiener {c:.2f})" for a, b, c in zip(here, best, linear))
+    order = rank_correlation(np.array(best), np.array(here)), 0.0
+    return Study.claim(None, "slopes rise with the regularity of the pictures", "paper B, Fig. 4, 5",
+                       "in order", order, "kinds of pictures", {}, own=order[0] == 1,
+                       rule=f"rank correlation; {each}", on_phi=False)
+
+
+REGULARITY = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity; slopes of these curves against "
+              "the optimum (line); on discs, eigenvalues of the Jacobian, after the fifth ideally 0.")
+
+
+def draw_regularity(results):
+    """Curves and slopes of several networks' `regularity`; for discs, the Jacobian's eigenvalues."""
+    x, kinds = [-20 * math.log10(s) for s in FIT], list(dict.fromkeys(v["data"] for v in results))
+    curves = [line(x, np.mean([v["psnr"] for v in results if v["data"] == kind], 0), kind, points=True)
+              for kind in kinds]
+    on_discs = [v["eigenvalues"] for v in results if "eigenvalues" in v]
+    size, best = ((530, 500) if on_discs else (796, 560)), [v["optimum"] for v in results]
+    plots = [plot(size, [*curves, line(x, x, "no denoising", GRAY)], "input PSNR (dB)", "output PSNR (dB)"),
+             plot(size, [line([0.4, 1.05], [0.4, 1.05], "optimal"),
+                         dots(best, [v["linear"] for v in results], "Wiener filter", GRAY, 8),
+                         dots(best, [v["slope"][0] for v in results], "networks", ORANGE, 10)],
+                  "optimal slope", "slope")]
+    if on_discs:
+        mean = line(range(1, 13), np.mean(on_discs, 0), "on discs", points=True)
+        plots.append(plot(size, [mean, rule(x=5.5)], "k", "eigenvalue λ_k"))
+    return grid(plots, 3, 5)
+
+
 # Claims and the page
 
 def words(claim):
@@ -1095,8 +1481,8 @@ def alive_line(alive):
 
 def over_networks(tables):
     """Every claim over several networks, a list of claims whose value and error are mean and SD over them."""
-    rows = []
-    for first in tables[0]:
+    rows, firsts = [], {c["claim"]: c for table in tables[::-1] for c in table[::-1]}
+    for first in reversed(firsts.values()):
         same = [c for table in tables for c in table if c["claim"] == first["claim"]]
         values, verdicts = np.array([c["value"] for c in same], float), [c["verdict"] for c in same]
         nulls = {k: [c["nulls"][k][0] for c in same if k in c["nulls"]] for k in first["nulls"]}
@@ -1234,6 +1620,8 @@ def arguments():
     add("checkpoint", nargs="+", help="written by train.py; several: networks of one kind, other seeds")
     add("--data", metavar="PATH", help="pictures to analyse, as for train.py (default: the held-out part of "
         "those of the training)")
+    add("--versus", nargs="+", default=[], metavar="FILE", help="paper B: checkpoints trained on other "
+        "pictures (--subset second) than those before (--subset first), one for one; draws its Fig. 1, 2")
     add("--only", nargs="+", choices=list(ANALYSES), metavar="NAME", help=f"some of: {', '.join(ANALYSES)}")
     add("--images", type=number(int, 20), default=2000, help="pictures at most, by seed (default: 2000)")
     add("--draws", type=number(int, 1, 10 ** 6), default=20, help="noise draws for each φ (default: 20)")
@@ -1335,13 +1723,62 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
     return claims(wanted)
 
 
+def load_pairs(flags, networks, device):
+    """(a Study of held-out pictures, pairs of (model, training pictures) by N) of --versus, or UserError."""
+    (first_path, _, first), rows, pairs = networks[0], {}, []
+    if 2 * len(flags.checkpoint) != len(networks):
+        raise UserError(f"--versus: needs {len(flags.checkpoint)} checkpoints, one for each before it")
+    pictures = training_data({**first["flags"], "subset": None, "limit": None})[0]
+    held_out = np.arange(len(pictures.x))
+    for path, _, checkpoint in networks:
+        if checkpoint["fingerprint"] != pictures.fingerprint or checkpoint["model"] != first["model"]:
+            raise UserError(f"{path}: another kind of network, or of other pictures, than {first_path}; "
+                            "only --subset, --limit and --pictures may differ")
+        val, subset, limit, seed = (checkpoint["flags"][k] for k in ("val", "subset", "limit", "seed"))
+        train, held = split(pictures, val, seed)
+        held_out = np.intersect1d(held_out, held)
+        rows[path] = training_part(pictures, train, subset, limit, seed)
+    for (a, model_a, _), (b, model_b, _) in zip(networks, networks[len(networks) // 2:]):
+        if np.intersect1d(pictures.groups[rows[a]], pictures.groups[rows[b]]).size:
+            raise UserError(f"{a}, {b}: their training pictures overlap; train with --subset first and "
+                            "--subset second, and the same --seed")
+        pairs.append([(model, to_batch(pictures.x[rows[path]], device)) for path, model in (
+            (a, model_a), (b, model_b))])
+    if len(held_out) < 20:
+        raise UserError("fewer than 20 pictures are held out of all these trainings; a larger --val helps")
+    held = pictures.x[np.random.default_rng((flags.seed, 60)).permutation(held_out)[:512]]
+    study = Study(networks[0][1], first, held, device=device, seed=flags.seed, out=flags.out)
+    return study, sorted(pairs, key=lambda pair: len(pair[0][1]))
+
+
+def compare(flags, networks, device, progress):
+    """--versus: `generalisation`, results.json and the page."""
+    study, pairs = load_pairs(flags, networks, device)
+    os.makedirs(flags.out, exist_ok=True)
+    names = "results.json", "index.html", "generalisation.png", "originals.png"
+    check_outputs([os.path.join(flags.out, name) for name in names], flags.force)
+    study.progress = progress
+    found = generalisation(study, pairs)
+    with write(os.path.join(flags.out, "results.json")) as file:
+        record = dict(settings=vars(flags), analyses=dict(generalisation=found))
+        file.write(json.dumps(plain(record)).encode())
+    write_page(flags.out, "Memorisation and generalisation", f"{len(pairs)} pairs of networks, "
+               f"{len(study.x)} held-out pictures", "", found["claims"], study.captions, vars(flags))
+    say_claims(found["claims"])
+    say(f"wrote {os.path.join(flags.out, 'index.html')}, its figures and results.json")
+
+
 def main():
     """The command line's work."""
     flags, progress, tables = arguments(), Progress(), []
     device = choose_device(flags.device)
-    networks = [(path, *load_checkpoint(path, device)) for path in flags.checkpoint]
+    networks = [(path, *load_checkpoint(path, device)) for path in [*flags.checkpoint, *flags.versus]]
+    if flags.versus:
+        return compare(flags, networks, device, progress)
     stems = [os.path.splitext(os.path.basename(path))[0] for path in flags.checkpoint]
-    kinds = {json.dumps([c["size"], {**c["flags"], "seed": 0}], sort_keys=True) for _, _, c in networks}
+    free = ["seed"] + ["data"] * (flags.only == ["regularity"])
+    kinds = {json.dumps([c["size"], {k: v for k, v in c["flags"].items() if k not in free}], sort_keys=True)
+             for _, _, c in networks}
     if len(kinds) > 1 or len(set(stems)) < len(stems):
         raise UserError("several checkpoints must be networks of one kind (trained with the same flags but "
                         "--seed), in files of different names")
@@ -1354,12 +1791,14 @@ def main():
         tables.append(analyse(flags, path, model, checkpoint, out, device,
                               lambda f, text: progress((k + f) / len(networks), text)))
     if len(networks) > 1 and tables[0] is not None:
-        rows, names = over_networks(tables), ", ".join(stems)
+        rows, names, captions = over_networks(tables), ", ".join(stems), {}
+        if flags.only == ["regularity"]:
+            rows, captions = rows + [compare_regularity(flags.out, stems)], dict(regularity=REGULARITY)
         say(f"{len(networks)} networks: {names}")
         say_claims(rows)
         with write(os.path.join(flags.out, "networks.json")) as file:
             file.write(json.dumps(plain(dict(checkpoints=flags.checkpoint, claims=rows))).encode())
-        write_page(flags.out, f"{len(networks)} networks", "mean ± SD over networks", names, rows, {},
+        write_page(flags.out, f"{len(networks)} networks", "mean ± SD over networks", names, rows, captions,
                    vars(flags))
     if dist.is_initialized():
         dist.destroy_process_group()

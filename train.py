@@ -973,11 +973,15 @@ def alpha_of(family):
 def disc_pictures(m, size, rng):
     """Paper B, Fig. 5: discs with five degrees of freedom (position 2, radius, two intensities)."""
     u = lambda low, high: rng.uniform(low, high, (m, 1, 1))
-    grid = (np.arange(size) + 0.5) / size
-    r = np.hypot(grid[None, None, :] - u(0.3, 0.7), grid[None, :, None] - u(0.3, 0.7))
-    inside = 1 / (1 + np.exp(-2 * size * (u(0.1, 0.3) - r)))  # an edge two pixels wide: a smooth manifold
-    ground = u(0, 1)
-    return to_uint8(ground + (u(0, 1) - ground) * inside)[..., None]
+    return to_uint8(draw_disc(size, u(0.3, 0.7), u(0.3, 0.7), u(0.1, 0.3), u(0, 1), u(0, 1)))[..., None]
+
+
+def draw_disc(size, x, y, radius, ground, intensity):
+    """A disc on a ground, (1 or m, size, size); lengths in parts of the side, each a number or (m, 1, 1)."""
+    at = (np.arange(size) + 0.5) / size
+    r = np.hypot(at[None, None, :] - x, at[None, :, None] - y)
+    inside = 1 / (1 + np.exp(-2 * size * (radius - r)))    # an edge two pixels wide: a smooth manifold
+    return ground + (intensity - ground) * inside
 
 
 def calpha_pictures(m, size, rng, alpha):
