@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import deque
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -84,11 +84,12 @@ def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False
         raise FloatingPointError(f"the loss of {(~loss.isfinite()).sum()} pictures is not finite")
     if cut:
         return None
-    sum_gradients(model)
+    for p in model.parameters() if dist.is_initialized() else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad             # a share may be empty
+        dist.all_reduce(p.grad)
     centralise(model)
-    if skips_closed:
-        for weight in skip_weights(model):
-            weight.grad[:, :weight.shape[0]] = 0
+    for weight in skip_weights(model) if skips_closed else ():
+        weight.grad[:, :weight.shape[0]] = 0
     optimizer.step()
     return total / batch
 
@@ -143,33 +144,23 @@ def initialise(model, y, mean):
     The output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
     steps: 300 steps of 32 photos then gave 21.9 dB at σ = 0.1, and 19.8 dB without.
     """
-    def whiten_norm(norm, inputs, _):
-        a = F.group_norm(inputs[0], 1, eps=norm.eps)
-        norm.weight.copy_(1 / a.std((0, 2, 3)).clamp_min(1e-3))
-        norm.bias.copy_(-a.mean((0, 2, 3)) * norm.weight)
-        return F.group_norm(inputs[0], 1, norm.weight, norm.bias, norm.eps)
-
-    def whiten_up(conv, _, out):
+    def whiten(module, inputs, out):           # a forward hook: what it returns is the module's output
         scale, mu = 1 / out.std((0, 2, 3)).clamp_min(1e-3), out.mean((0, 2, 3))
-        conv.weight.mul_(scale.view(1, -1, 1, 1))
-        conv.bias.copy_((conv.bias - mu) * scale)
-        return (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+        module.weight.mul_(scale if module.weight.ndim == 1 else scale.view(1, -1, 1, 1))
+        module.bias.copy_((module.bias - mu) * scale)
+        return module.forward(*inputs) if isinstance(module, nn.GroupNorm) else (
+            (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1))
 
     for weight in skip_weights(model):
         weight[:, :weight.shape[0]] = 0
-    run_hooked(model, y, {nn.GroupNorm: whiten_norm, nn.ConvTranspose2d: whiten_up})
+    with contextlib.ExitStack() as hooks:      # taken off again at its end
+        for module in model.modules():
+            if isinstance(module, (nn.GroupNorm, nn.ConvTranspose2d)):
+                hooks.enter_context(module.register_forward_hook(whiten))
+        model(y)
     last = model.blocks["D1"][-1]
     last.weight.zero_()
     last.bias.copy_(torch.as_tensor(mean))
-
-
-def run_hooked(model, y, hooks):
-    """model(y), once, with a forward hook for each module of the given types, {type: hook}."""
-    with contextlib.ExitStack() as handles:                # taken off again at its end
-        for m in model.modules():
-            if type(m) in hooks:
-                handles.enter_context(m.register_forward_hook(hooks[type(m)]))
-        model(y)
 
 
 # Training: the loop
@@ -232,13 +223,13 @@ class Run:
             self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
             self.model.load_state_dict(resume["weights"])
             self.optimizer.load_state_dict(resume["optimizer"])
-            self.curve = read_curve(beside(out, ".jsonl"), self.step)
+            self.curve = list(resume.get("curve", []))
         else:
             first = batch_rows(self.rows, 0, min(flags["batch"], 64), seed)
             _, y, _ = noisy_batch(self.pictures.x, first, 0, seed, flags["sigma_max"], device)
             initialise(self.model, y, self.mean)
             classes = len(self.pictures.classes) > 1       # without, there is nothing to compare with later
-            self.summary = dict(agreement_untrained=self.code_quality()["agreement"] if classes else None)
+            self.summary["agreement_untrained"] = self.code_quality()["agreement"] if classes else None
         for p in self.model.parameters() if self.world > 1 else ():
             dist.broadcast(p.data, 0)
         if compiled:
@@ -254,8 +245,8 @@ class Run:
     def seconds(self):
         return time.monotonic() - self.began
 
-    def fraction(self):
-        return min(1.0, max(self.step / self.total, self.seconds() / self.limit))
+    def fraction(self, step=None):
+        return min(1.0, max((step or self.step) / self.total, self.seconds() / self.limit))
 
     def rate(self):
         """Pictures a second, of this session."""
@@ -268,8 +259,7 @@ class Run:
 
     def next_batch(self):
         """x, y, sigma of this process's share of the next batch; Adam's rate is set for it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.fraction(), self.epochs)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.fraction(), self.epochs)
         batch, seed, sigma_max = (self.flags[k] for k in ("batch", "seed", "sigma_max"))
         rows = batch_rows(self.rows, self.step, batch, seed)
         share = slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
@@ -282,7 +272,7 @@ class Run:
             psnr = " ".join(f"{v:.1f}" for sigma, v in found["psnr"].items() if sigma in (0.1, 0.5))
             text = f"PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
         step = self.step + done / self.flags["batch"] * self.world
-        self.progress(max(step / self.total, self.seconds() / self.limit), f"{self.rate():.0f}/s  {text}")
+        self.progress(self.fraction(step), f"{self.rate():.0f}/s  {text}")
 
     def code_quality(self):
         """Spread and class agreement of φ, of training pictures too: few held-out *files* make many tiles."""
@@ -320,7 +310,7 @@ class Run:
             format=FORMAT, model={k: flags[k] for k in ("width", "channels", "levels")}, mean=self.mean,
             weights=model.state_dict(), optimizer=self.optimizer.state_dict(), size=flags["size"],
             sigma_max=flags["sigma_max"], flags=flags, step=self.step, elapsed=self.seconds(),
-            fingerprint=self.pictures.fingerprint, training=self.summary)
+            fingerprint=self.pictures.fingerprint, training=self.summary, curve=self.curve)
         buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
         torch.save(checkpoint, buffer)
         try:
@@ -365,11 +355,11 @@ def conclude(run):
         f"{run.step * run.flags['batch']:,} pictures, {spent}")
     if "psnr" in found:
         psnr, use = (", ".join(f"{v:.2f} dB (σ {s:g})" for s, v in found[k].items()) for k in ("psnr", "use"))
-        labelled = "" if found["agreement"] is None else (
-            f"; class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
         say(f"held-out PSNR {psnr}")
         say(f"use of M      {use}; cosine of φ between pictures {found['cosine']:.2f}, "
-            f"{found['silent']} channels silent{labelled}")
+            f"{found['silent']} channels silent")
+        if found["agreement"] is not None:
+            say(f"class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
     say(f"wrote {out}, {beside(out, '.jsonl')}, {beside(out, '.png')}")
     say(f"next: python sample.py {out}; python analyze.py {out}" if complete else
         f"go on with: python train.py --out {out} --resume")
@@ -385,39 +375,6 @@ def new_network(flags, device):
 def beside(out, suffix):
     """ckpt.pt -> ckpt.jsonl, ckpt.png: what stands beside the checkpoint."""
     return str(Path(out).with_suffix(suffix))
-
-
-def read_curve(path, step):
-    """The records of a .jsonl up to `step`, σ as numbers again; none if it is gone."""
-    numbers = lambda record: {float(k) if k[0].isdigit() else k: v for k, v in record.items()}
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-        records = [json.loads(line, object_hook=numbers) for line in lines]
-        return [record for record in records if record["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-@contextlib.contextmanager
-def only_run(out):
-    """A lock beside the checkpoint: UserError if another run on this machine is writing it."""
-    path = f"{os.path.realpath(out)}.lock"
-    with open(path, "a+") as file:
-        try:
-            import fcntl                       # its locks end with the process, however that ends
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                    # Windows: no lock
-            pass
-        except OSError:
-            file.seek(0)
-            raise UserError(f"--out {out}: process {file.read().strip()} is training it now") from None
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path)
 
 
 @functools.lru_cache(maxsize=2)
@@ -446,16 +403,6 @@ def over_processes(numbers, device, op=dist.ReduceOp.SUM):
     numbers = torch.tensor(numbers, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     dist.all_reduce(numbers, op)
     return numbers.tolist()
-
-
-def sum_gradients(model):
-    """Sum the gradients over all processes, in place and in one message."""
-    if dist.is_initialized():
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for p, g, part in zip(model.parameters(), grads, flat.split([g.numel() for g in grads])):
-            p.grad = g.copy_(part.view_as(g))
 
 
 def peak_memory(device):
@@ -583,24 +530,22 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
         x, labels, classes = builtin_pictures(20_000, size, channels, data)
         paths, source, skipped = [f"{data or 'built-in'}#{i}" for i in range(len(x))], np.arange(len(x)), []
     else:
-        parts, sources, skipped, names, kinds = deque(), [], [], [], []
-        files = list_files(data, EXTENSIONS)
-        inside = [Path(f).relative_to(data).parts[:-1] for f in files]
-        folder = files, files, [p[0] if p else None for p in inside]           # class: the first sub-folder
-        for items, their_names, their_kinds in [folder] if files else arrays(data):
-            part, source, unusable = decode(items, their_names, size, channels, patches)
-            parts.append(part)
-            sources.append(source + len(names))
-            skipped, names, kinds = skipped + unusable, names + their_names, kinds + their_kinds
-        x, source = joined(parts), np.concatenate(sources)
+        parts, counts, names, kinds, skipped = [], [], [], [], []
+        for items, item_names, item_kinds in read(data):
+            for tiles, count, unusable in decode(items, item_names, size, channels, patches):
+                parts.append(tiles)
+                counts += count
+                skipped += unusable
+            names, kinds = names + item_names, kinds + item_kinds
+        x, source = joined(parts), np.repeat(np.arange(len(names)), counts)
         if not len(x):
             raise UserError(f"--data {data}: none of its {len(skipped)} pictures could be used, for instance "
                             + "; ".join(skipped[:3]))
         if patches and not any(kinds):
             kinds = [Path(name).stem for name in names]
         classes = sorted(set(kinds) - {None}, key=lambda c: (len(c) * c.isdigit(), c))     # "10" after "9"
-        number_of = {name: k for k, name in enumerate(classes)}
-        labels = np.array([number_of.get(k, -1) for k in kinds], int)[source]
+        number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+        labels = np.array([number_of[k] for k in kinds])[source]
         tile = np.arange(len(x)) - np.searchsorted(source, source)
         paths = [names[s] + f"#{t}" * patches for s, t in zip(source, tile)]
     hashes, constant = hash_pictures(x)
@@ -613,13 +558,18 @@ def is_synthetic(data):
     return data is None or data == "disc" or data.startswith("calpha:")
 
 
-def arrays(data):
-    """The pictures of a .npy, a .npz, or of each .npz in a folder: yields (N, H, W, C) uint8, names, classes.
+def read(data):
+    """Yields (pictures, their names, their classes or None): of a folder the files, else arrays (N, H, W, C).
 
-    A .npz's pictures are its `data`, or its first uint8 array; the classes its `labels`, else all None.
+    The arrays: of a .npy, a .npz, or each .npz in a folder. A .npz's pictures are its `data`, or its first
+    uint8 array, the classes its `labels`.
     """
     if not os.path.exists(data):
         raise UserError(f"--data {data}: no such file or folder")
+    if files := list_files(data, EXTENSIONS):
+        inside = [Path(f).relative_to(data).parts[:-1] for f in files]
+        yield files, files, [p[0] if p else None for p in inside]              # class: the first sub-folder
+        return
     files = list_files(data, {".npz"}) if os.path.isdir(data) else [data]
     if not files or not files[0].lower().endswith((".npy", ".npz")):
         raise UserError(f"--data {data}: looked for a folder (searched to any depth) with pictures "
@@ -627,14 +577,13 @@ def arrays(data):
                         f"none")
     for path in files:
         try:
-            x, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
-            if not isinstance(x, np.ndarray):
-                file, labels = x, x["labels"] if "labels" in x.files else None
-                x = file["data"] if "data" in file.files else next(
-                    (a for a in map(file.get, file.files) if a.dtype == np.uint8 and a.ndim > 1), np.zeros(0))
+            file = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = {"data": file} if isinstance(file, np.ndarray) else dict(file)
         except Exception as error:             # numpy and zipfile raise nearly anything for a damaged file
-            reason = error or type(error).__name__
-            raise UserError(f"{path}: not a whole {path[-4:]} file ({reason})") from None
+            raise UserError(f"{path}: not a whole {path[-4:]} file ({error})") from None
+        x, labels = found.get("data"), found.get("labels")
+        if x is None:
+            x = next((a for a in found.values() if a.dtype == np.uint8 and a.ndim > 1), np.zeros(0))
         side = math.isqrt(x.shape[1] // 3) if x.ndim == 2 else 0
         if side and x.shape[1] == 3 * side * side:         # ImageNet64: all red, all green, all blue
             x = x.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
@@ -650,53 +599,39 @@ def arrays(data):
 
 
 def decode(items, names, size, channels, patches):
-    """Files, or arrays (H, W, C), in parallel -> (x, source (n,) index of each one's item, skipped)."""
+    """Files, or arrays (H, W, C), in parallel; yields (x, how many come from each item, ["name: reason"])."""
     if isinstance(items, np.ndarray) and items.shape[1:] == (size, size, channels):
-        return items, np.arange(len(items)), []            # a .npy stays on the disk
-    skipped, counts, parts, progress = {}, np.zeros(len(items), int), deque(), Progress()
+        yield items, [1] * len(items), []      # a .npy stays on the disk
+        return
 
-    def read(block):
-        tiles = [np.empty((0, size, size, channels), np.uint8)]
+    def some(block):
+        tiles, counts, skipped = [np.empty((0, size, size, channels), np.uint8)], [], []
         for i in block:
             try:
                 with open_picture(items[i]) as image:
                     tiles.append(to_pixels(image, size, channels, patches))
-                counts[i] = len(tiles[-1])
+                counts.append(len(tiles[-1]))
             except Exception as error:         # damaged files raise nearly anything, by format
-                skipped[i] = f"{names[i]}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        return np.concatenate(tiles)
+                counts.append(0)
+                skipped.append(f"{names[i]}: {error}")
+        return np.concatenate(tiles), counts, skipped
 
-    blocks = [range(i, min(i + 64, len(items))) for i in range(0, len(items), 64)]
-    with without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for tiles in pool.map(read, blocks):
-            parts.append(tiles)
-            progress(len(parts) / len(blocks), "reading pictures")
-    return joined(parts), np.repeat(np.arange(len(items)), counts), [skipped[i] for i in sorted(skipped)]
+    blocks, progress = [range(i, min(i + 64, len(items))) for i in range(0, len(items), 64)], Progress()
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for k, found in enumerate(pool.map(some, blocks)):
+            yield found
+            progress((k + 1) / len(blocks), "reading pictures")
 
 
 def joined(parts):
-    """The arrays of a deque in one, each freed once it is copied: the data are never there twice."""
+    """The arrays of a list in one, each freed once it is copied: the data are never there twice."""
     if len(parts) == 1:
-        return parts.pop()
+        return parts[0]
     x, row = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.uint8), 0
-    while parts:
-        part = parts.popleft()
-        x[row:row + len(part)] = part
+    for k, part in enumerate(parts):
+        x[row:row + len(part)], parts[k] = part, None
         row += len(part)
     return x
-
-
-@contextlib.contextmanager
-def without_warnings():
-    """Damaged pictures are reported by us: silences Python's warnings, and libtiff's, written to stderr."""
-    with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
-        warnings.simplefilter("ignore")
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:   # there may be no stderr at all
-            kept = os.dup(2)
-            afterwards.callback(os.close, kept)
-            afterwards.callback(os.dup2, kept, 2)          # the last one in is the first one out
-            os.dup2(nowhere.fileno(), 2)
-        yield
 
 
 def list_files(folder, extensions):
@@ -704,12 +639,10 @@ def list_files(folder, extensions):
     found, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up, or a second link to the same folder
-            folders.clear()
-            continue
+        folders[:] = [] if real in seen else sorted(folders)         # a link may lead back up
+        if real not in seen:
+            found += [os.path.join(root, f) for f in files if os.path.splitext(f)[1].lower() in extensions]
         seen.add(real)
-        folders.sort()                         # of two links to one folder, always the same is followed
-        found += [os.path.join(root, f) for f in files if os.path.splitext(f)[1].lower() in extensions]
     return sorted(found)
 
 
@@ -727,7 +660,7 @@ def load_picture(path, size=None, channels=3, patches=False):
     UserError if the file cannot be read as a picture, or is smaller than a tile.
     """
     try:
-        with without_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if patches or not size:
                 image = flatten(image, channels)
             if not size:
@@ -737,8 +670,7 @@ def load_picture(path, size=None, channels=3, patches=False):
                 image = image.crop((left, top, left + size, top + size))
             return to_pixels(image, size, channels, patches)[0]
     except Exception as error:                 # damaged files raise nearly anything, by format
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a picture ({reason})") from None
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def to_pixels(image, size, channels, patches=False):
@@ -768,10 +700,11 @@ def flatten(image, channels):
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):             # 16-bit gray; convert("L") would clip it at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB") if channels == 3 else image.convert("RGB").convert("L")
+    image = image.convert("RGB")
+    return image if channels == 3 else image.convert("L")
 
 
 def to_batch(x, device):
@@ -786,13 +719,11 @@ def to_uint8(x):
 
 def hash_pictures(x):
     """(N,) uint64, a hash of each picture's pixels, and (N,) bool: is it of one colour throughout?"""
-    def of(rows):
-        return [(hashlib.blake2b(x[i].tobytes(), digest_size=8).digest(), (x[i] == x[i, 0, 0]).all())
-                for i in rows]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = pool.map(of, [range(i, min(i + 256, len(x))) for i in range(0, len(x), 256)])
-        digests, constant = zip(*itertools.chain.from_iterable(blocks))
+    digests, constant, channels = [], [], x.shape[-1]
+    for picture in x:
+        data = picture.tobytes()
+        digests.append(hashlib.blake2b(data, digest_size=8).digest())
+        constant.append(data == data[:channels] * (len(data) // channels))
     return np.frombuffer(b"".join(digests), np.uint64), np.array(constant)
 
 
@@ -1007,8 +938,8 @@ def calpha_pictures(m, size, rng, alpha):
 BLUE, RED, GREEN, ORANGE, GRAY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"     # Okabe and Ito
 COLORS = BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31"
 WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|",
-         "²": "^2", "₁": "_1", "₂": "_2", "−": "-", "±": "+-", "–": "-", "→": "->", "≥": ">=", "≤": "<=",
-         "×": "x", "ā": "a", "…": "...", "≈": "~", "·": "*", "°": " deg", "\u0302": ""}
+         "₁": "_1", "₂": "_2", "−": "-", "–": "-", "→": "->", "≥": ">=", "≤": "<=", "ā": "a", "…": "...",
+         "≈": "~", "\u0302": ""}
 
 
 @functools.lru_cache
@@ -1022,7 +953,7 @@ def font(size=26):
 
 def greek(text):
     """`text` as `font` can show it, in one line: where the system has no DejaVu, σ is written sigma."""
-    text = printable(str(text))
+    text = printable(text)
     if "DejaVu" not in font().getname()[0]:
         text = "".join(WORDS.get(c, c) for c in text).encode("latin-1", "replace").decode("latin-1")
     return text
@@ -1054,8 +985,11 @@ def caption(text, size=26, width=1600):
     """Text on white, `width` pixels wide, in as many lines as it needs."""
     lines, pen = [""], font(size)
     for word in greek(text).split(" "):
-        fits = pen.getlength(f"{lines[-1]} {word}") <= width - 12
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if fits or not lines[-1] else [*lines, word]
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and pen.getlength(longer) > width - 12:
+            lines.append(word)
+        else:
+            lines[-1] = longer
     image = Image.new("RGB", (width, int((1.3 * len(lines) + 0.3) * size)), "white")
     for k, line in enumerate(lines):
         ImageDraw.Draw(image).text((6, int((1.3 * k + 0.2) * size)), line, "black", pen)
@@ -1071,38 +1005,28 @@ def picture_rows(rows, title="", side=96, gap=4):
     return grid(head + lines, 1, gap)
 
 
-class Mark(NamedTuple):
-    """What `plot` draws: its points, which set the ranges, and draw(pen, px, py, color) in pixels."""
-    label: str
-    color: str
-    x: np.ndarray
-    y: np.ndarray
-    draw: callable
-    histogram: bool = False
+# what `plot` draws: x and y set its ranges; draw(pen, at, color), where at(x, y) is [(x, y)] in pixels
+Mark = namedtuple("Mark", "label color x y draw histogram", defaults=[False])
+
+
+def discs(pen, points, radius, color):
+    for a, b in points:
+        pen.ellipse([a - radius, b - radius, a + radius, b + radius], color, "#ffffff")
 
 
 def line(x, y, label=None, color=None, points=False, band=None, width=5):
     """A polyline, with discs at its points if `points`; band: (low, high), shaded. NaN leaves a point out."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-
-    def draw(pen, px, py, color):
+    def draw(pen, at, color):
         if band is not None:
-            low, high = ([*zip(px(x), py(b))] for b in band)
-            pen.polygon(low + high[::-1], color + "38")
-        at = [p for p in zip(px(x), py(y)) if all(map(math.isfinite, p))]
-        pen.line(at, color, width, joint="curve")
-        for a, b in at if points else ():
-            pen.ellipse([a - 8, b - 8, a + 8, b + 8], color, "#ffffff")
+            pen.polygon(at(x, band[0]) + at(x, band[1])[::-1], color + "38")
+        pen.line(at(x, y), color, width, joint="curve")
+        discs(pen, at(x, y) if points else [], 8, color)
     return Mark(label, color, x, y if band is None else np.concatenate([y, *band]), draw)
 
 
 def dots(x, y, label=None, color=None, radius=5):
     """Discs at the points."""
-    def draw(pen, px, py, color):
-        for a, b in zip(px(x), py(y)):
-            if math.isfinite(a) and math.isfinite(b):
-                pen.ellipse([a - radius, b - radius, a + radius, b + radius], color + "b0", "#ffffff")
-    return Mark(label, color, np.asarray(x, float), np.asarray(y, float), draw)
+    return Mark(label, color, x, y, lambda pen, at, color: discs(pen, at(x, y), radius, color + "b0"))
 
 
 def bars(values, bins, span=None, label=None, color=None):
@@ -1110,19 +1034,19 @@ def bars(values, bins, span=None, label=None, color=None):
     values = np.asarray(values, float)
     counts, edges = np.histogram(values[np.isfinite(values)], bins, span or limits(values))
 
-    def draw(pen, px, py, color):
-        for a, b, n, top in zip(px(edges), px(edges[1:]), counts, py(counts)):
+    def draw(pen, at, color):
+        for corner, opposite, n in zip(at(edges[:-1], counts), at(edges[1:], 0 * counts), counts):
             if n:
-                pen.rectangle([a, top, b, py([0])[0]], color + "90", color)
-    return Mark(label, color, edges, np.array([0, max(1, 1.08 * counts.max())]), draw, True)
+                pen.rectangle([corner, opposite], color + "90", color)
+    return Mark(label, color, edges, [0, max(1, 1.08 * counts.max())], draw, True)
 
 
 def rule(x=None, y=None, label=None, color=GRAY):
     """A line across the whole plot, vertical at x or horizontal at y."""
-    def draw(pen, px, py, color):
-        (w, h), at = pen.im.size, px([x])[0] if y is None else py([y])[0]
-        pen.line([at, 0, at, h] if y is None else [0, at, w, at], color, 3)
-    return Mark(label, color, np.array([x] if y is None else []), np.array([] if y is None else [y]), draw)
+    def draw(pen, at, color):
+        (a, b), = at([1 if x is None else x], [1 if y is None else y])
+        pen.line([a, 0, a, pen.im.size[1]] if y is None else [0, b, pen.im.size[0], b], color, 3)
+    return Mark(label, color, [] if x is None else [x], [] if y is None else [y], draw)
 
 
 def limits(v, log=False):
@@ -1136,13 +1060,12 @@ def limits(v, log=False):
     return low - margin, high + margin
 
 
-def ticks(low, high, log=False, most=6):
+def ticks(low, high, log, most):
     """Round numbers in [low, high]: 1, 2 or 5 times a power of ten, at most `most` or so."""
     if log and high > 4 * low:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in (1, 2, 5), (1, 3), (1,):
-            found = [s * 10.0 ** k for k in decades for s in steps]
-            found = [v for v in found if low * 0.999 <= v <= high * 1.001]
+            found = [s * 10.0 ** k for k in decades for s in steps if low <= s * 10.0 ** k <= high]
             if len(found) <= most + 2:
                 break
         return found[::math.ceil(len(found) / (most + 2))]
@@ -1164,23 +1087,24 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
     em, histogram = text.size, any(m.histogram for m in marks)
     x, y = (np.concatenate([getattr(m, k) for m in marks]) for k in "xy")
     xlim = xlim or ((x.min(), x.max()) if histogram else limits(x, "x" in log))
-    ylim = ylim or ((0, max(m.y.max() for m in marks if m.histogram)) if histogram else limits(y, "y" in log))
+    ylim = ylim or ((0, y.max()) if histogram else limits(y, "y" in log))
     xs = ticks(*xlim, "x" in log, 6 if w > 600 else 4) if xlabel else []       # t-SNE has no units
     ys = ticks(*ylim, "y" in log, 6 if h > 350 else 4) if ylabel else []
     named = lambda v: f"{v:.6g}" if abs(v) > 1e-12 else "0"
     left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
     right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
     colors = [m.color or c for m, c in zip(marks, itertools.cycle(COLORS))]
-    legend, lines, at = [], 0, w                           # above the frame, where it covers no data
+    legend, lines, end = [], 0, w                          # above the frame, where it covers no data
     for label, color in ((greek(m.label), c) for m, c in zip(marks, colors) if m.label):
         need = 60 + text.getlength(label)
-        lines, at = (lines + 1, left) if at + need > right + 28 else (lines, at)
-        legend.append((at, lines, label, color))
-        at += need
+        lines, end = (lines + 1, left) if end + need > right + 28 else (lines, end)
+        legend.append((end, lines, label, color))
+        end += need
     top = 8 + int(1.4 * em) * (bool(title) + lines)
 
     px = lambda v: scaled(v, xlim, "x" in log, left, right)
     py = lambda v: scaled(v, ylim, "y" in log, bottom, top)
+    at = lambda x, y: [p for p in zip(px(x), py(y)) if all(map(math.isfinite, p))]
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for v, place in zip(ys, py(ys)):
@@ -1192,13 +1116,13 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
         pen.text((place, bottom + 8), named(v), "black", text, anchor="ma")
     inside = sheet.copy()                                  # marks are cut off at the frame
     for mark, color in zip(marks, colors):
-        mark.draw(ImageDraw.Draw(inside, "RGBA"), px, py, color)
+        mark.draw(ImageDraw.Draw(inside, "RGBA"), at, color)
     sheet.paste(inside.crop((left, top, right, bottom)), (left, top))
     pen.rectangle([left, top, right, bottom], outline="#444444", width=2)
-    for at, row, label, color in legend:
-        middle = 8 + 1.4 * em * (bool(title) + row - 0.55)
-        pen.rectangle([at, middle - em / 3, at + 24, middle + em / 3], color)
-        pen.text((at + 32, middle), label, "black", text, anchor="lm")
+    for x, row, label, color in legend:
+        y = 8 + 1.4 * em * (bool(title) + row - 0.55)
+        pen.rectangle([x, y - em / 3, x + 24, y + em / 3], color)
+        pen.text((x + 32, y), label, "black", text, anchor="lm")
     pen.text(((left + right) / 2, 4), greek(title), "black", text, anchor="ma")
     pen.text(((left + right) / 2, h - 4), greek(xlabel), "black", text, anchor="md")
     if ylabel:
@@ -1228,7 +1152,7 @@ def draw_evaluation(model, x, curve):
 # Speed
 
 def bench(flags, micro_batch, device, seconds=20):
-    """Print images/s of a training step, of its bare convolutions (both ways), and of φ; and peak memory.
+    """Print images/s of a training step, of a forward pass and of φ.
 
     They are timed in turn, again and again, so that other work on the machine slows all alike; medians.
     """
@@ -1237,57 +1161,27 @@ def bench(flags, micro_batch, device, seconds=20):
     micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
     batch = min(flags["batch"], 4 * micro)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, flags["channels"]), np.uint8)
-    x_micro = to_batch(pixels[:micro], device)
+    x = to_batch(pixels[:micro], device)
 
     def step():
         x, y, _ = noisy_batch(pixels, np.arange(batch), 0, 0, 1.0, device)
         training_step(model, optimizer, x, y, batch, micro, precision=precision)
 
-    def timed(f, n):
-        f()                                    # untimed: what ran before has emptied the caches
+    def rate(images, work):
         start = time.perf_counter()
-        for _ in range(n):
-            f()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / n
+        work()
+        torch.zeros(1, device=device).item()   # waits for a GPU
+        return images / (time.perf_counter() - start)
 
-    images = {step: batch, bare_convolutions(model, x_micro, precision): micro,
-              torch.no_grad()(lambda: model(x_micro)): micro, lambda: phi(model, x_micro, 0.3): micro}
-    turns = {f: max(1, int(0.25 / timed(f, 1))) for f in images}
+    work = (batch, step), (micro, torch.no_grad()(lambda: model(x))), (micro, lambda: phi(model, x, 0.3))
     rates, end = [], time.monotonic() + seconds
     while time.monotonic() < end or len(rates) < 3:
-        rates.append([n / timed(f, turns[f]) for f, n in images.items()])
-    rates = np.array(rates)                                # images/s, (rounds, 4)
-    ratio = lambda a, b: np.median(rates[:, a] / rates[:, b])
-    s, c, f, p = np.median(rates, axis=0)
+        rates.append([rate(*w) for w in work])
+    rates = np.median(rates, axis=0)
     say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, "
-        f"micro-batch {micro}, {precision}, {device}, {len(rates)} rounds")
-    say(f"training step      {s:10.1f} images/s")
-    say(f"bare convolutions  {c:10.1f} images/s   step / convolutions {ratio(0, 1):.2f}")
-    say(f"full forward pass  {f:10.1f} images/s")
-    say(f"phi                {p:10.1f} images/s   phi / forward pass {ratio(3, 2):.2f}")
-    say(f"peak memory        {peak_memory(device):10.2f} GiB")
-
-
-def bare_convolutions(model, x, precision):
-    """A function that runs the network's convolutions for x, forwards and backwards, and nothing else."""
-    calls = []
-
-    def record(conv, inputs, output):          # shapes and memory layout as in the network
-        a = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
-        calls.append((conv, a, torch.randn_like(output)))
-
-    run_hooked(model, x, {nn.Conv2d: record, nn.ConvTranspose2d: record})
-
-    def both_ways():
-        for conv, a, gradient in calls:
-            a.grad = None
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                out = conv(a)
-            out.backward(gradient.to(out.dtype))
-        model.zero_grad(set_to_none=True)
-    return both_ways
+        f"micro-batch {micro}, {precision}, {device}")
+    for name, r in zip(("training step", "forward pass", "phi"), rates):
+        say(f"{name:13} {r:10.1f} images/s, {r / rates[1]:.2f} of the forward pass")
 
 
 # Command line
@@ -1422,14 +1316,13 @@ def main():
         raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
     check_outputs([out, beside(out, ".jsonl"), beside(out, ".png")], force=bool(resume) or given["force"])
     flags = complete_flags(given, resume, out)
-    with only_run(out) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
-        join_processes(device)
-        if given["data"] is None and not resume:
-            say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
-        train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
-              stop=lambda: bool(stop), ready=lambda: stop_on_signal(stop))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    join_processes(device)
+    if given["data"] is None and not resume:
+        say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
+    train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
+          stop=lambda: bool(stop), ready=lambda: stop_on_signal(stop))
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 128 + stop[0] if stop else 0
 
 
