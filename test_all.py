@@ -674,9 +674,9 @@ def test_aliveness_and_class_agreement(small, monkeypatch):
     code[:3, 0] += 50
     code[3:6, 1] += 50
     code[6] = code[0]                            # of no class: no neighbour
-    assert train.class_agreement(code, labels, k=2) == 1
-    assert train.class_agreement(code, np.array([0, 0, 1, 1, 1, 0, -1]), k=2) == pytest.approx(1 / 3)
-    assert train.class_agreement(code, np.full(7, -1)) is None
+    assert train.own_class(code, labels, k=2).mean() == 1
+    assert train.own_class(code, np.array([0, 0, 1, 1, 1, 0, -1]), k=2).mean() == pytest.approx(1 / 3)
+    assert np.isnan(train.own_class(code, np.full(7, -1))).all()
 
 
 def test_training_reaches_the_wiener_solution():

@@ -12,15 +12,13 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import signal
-import sys
 import time
 import warnings
-from collections import namedtuple
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +39,7 @@ from torch import nn
 def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
     """The clean and noisy pictures of one global batch: x, y = x + σz (B, C, H, W), sigma (B, 1, 1, 1).
 
-    A function of (seed, step) only, so that a resumed run, another micro-batch or another number of processes
-    sees the same noise. Every process draws the whole batch's noise and uses its share.
+    A function of (seed, step) only, whatever the micro-batch, and on every process, which uses its share.
     """
     x = to_batch(pictures_x[rows], device)
     generator = seeded(device, seed, 1, step)
@@ -72,16 +69,13 @@ def accumulate_gradient(model, x, y, batch, micro_batch, precision="fp32", stop=
 
 
 def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False, **options):
-    """One step of Adam on Eq. 1: its loss (the mean over the batch, in pixels²), None if it was cut short.
+    """One step of Adam on Eq. 1, the same on all processes: its loss (a picture's mean, in pixels²).
 
-    x, y: this process's share of the batch; all processes take the same step. options: as for
-    `accumulate_gradient`. Raises FloatingPointError if the loss is not finite.
+    x, y: this process's share of the batch. None, and no step, if `stop` cut it short. options: as above.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradient(model, x, y, batch, micro_batch, **options)
     total, cut = over_processes([loss.sum().item(), len(loss) < len(x)], x.device)
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss of {(~loss.isfinite()).sum()} pictures is not finite")
     if cut:
         return None
     for p in model.parameters() if dist.is_initialized() else ():
@@ -99,9 +93,8 @@ def centralise(model):
     """Take from the gradient of each 3×3 filter its mean, (1, c_in, 3, 3) -> scalar (Yong et al. 2020).
 
     M's inputs are not negative, so a filter whose weights all move the same way moves its channel up or down
-    for every picture alike; Adam makes that step as large as any other, and LayerNorm, which has no mean over
-    pictures, cannot take it out. Without this line a part of M's channels is on or off for all pictures after
-    ten steps at width 16, after three at width 64; their gradient is then 0 for good (README).
+    for every picture alike, as fast as Adam can, and LayerNorm cannot take that out. Without this line a part
+    of M's channels is on or off for all pictures after three to ten steps, and then for good (README).
     """
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d):
@@ -115,7 +108,7 @@ def skip_weights(model):
 
 def warm_up(epochs=None):
     """The part of a run in which Adam's step grows and the skips are closed: a tenth; of the paper's, 1 %."""
-    return 0.01 if epochs is not None and epochs >= 1000 else 0.1
+    return 0.01 if (epochs or 0) >= 1000 else 0.1
 
 
 def learning_rate(fraction, epochs=None):
@@ -125,23 +118,20 @@ def learning_rate(fraction, epochs=None):
     a linear fall to 0. epochs: the length of the run, None if only its minutes are known.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
-    if epochs is not None and epochs >= 1000:
+    if (epochs or 0) >= 1000:
         return rate * 0.5 ** min(9, int(10 * fraction))
     return rate * max(0, 1 - fraction)
 
 
 @torch.no_grad()
 def initialise(model, y, mean):
-    """The start of the network: one data-dependent pass, skips at 0, and x̂ at the mean colour.
+    """The start of the network, in place: one data-dependent pass, skips at 0, and x̂ at the mean colour.
 
     y: (N, C, H, W), noisy: each channel of each LayerNorm and of each up-convolution gets mean 0 and variance
     1 over it. mean: (C,). With PyTorch's own start all channels of M are almost alike, and φ is a constant.
-
-    The decoder's weights on the skips start at 0 and stay there during the warm-up: the network can then
-    denoise only through M, as an auto-encoder would, and learns to put the picture's gist there; then the
-    skips open for the detail. With open skips it never finds a reason to use M (README).
-
-    The output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
+    The decoder's weights on the skips stay at 0 during the warm-up: the network can then denoise only through
+    M and learns to put the picture's gist there; with open skips it never finds a reason to (README). The
+    output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
     steps: 300 steps of 32 photos then gave 21.9 dB at σ = 0.1, and 19.8 dB without.
     """
     def whiten(module, inputs, out):           # a forward hook: what it returns is the module's output
@@ -171,8 +161,8 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
 
     flags: what defines the run, as `complete_flags` returns it. resume: a checkpoint's dict to go on from.
     save_every: seconds between evaluations, each with a save. stop: asked between micro-batches; the run then
-    saves and returns. Raises UserError for unusable data, a loss that is not finite, and a checkpoint that
-    cannot be written. ready: called once the pictures are read.
+    saves and returns. ready: called once the pictures are read. Raises UserError for unusable data, a loss
+    that is not finite, and a checkpoint that cannot be written.
     """
     run = Run(flags, out, torch.device(device), resume, micro_batch, compiled)
     ready()
@@ -180,14 +170,13 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
     stopped, losses, saved_at, failure = False, [], time.monotonic(), None
     while run.fraction() < 1 and not stopped:
         x, y, sigma = run.next_batch()
-        try:
-            loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
-                                 skips_closed=run.skips_closed(), precision=flags["precision"],
-                                 stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
-        except FloatingPointError as error:
-            raise UserError(f"step {run.step}, σ up to {sigma.max():.2f}: {error}; the last save of {out} is "
-                            f"as it was. Try another --seed or fp32") from None
+        loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
+                             skips_closed=run.skips_closed(), precision=flags["precision"],
+                             stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
         if loss is not None:                   # a step cut short is dropped, and done again on --resume
+            if not math.isfinite(loss):
+                raise UserError(f"step {run.step}, σ up to {sigma.max():.2f}: the loss is not finite; the "
+                                f"last save of {out} is as it was. Try another --seed or fp32")
             run.step += 1
             losses.append(loss)
         # all processes take the latest clock for theirs, and stop if one of them is to
@@ -208,7 +197,7 @@ class Run:
     step: steps of Adam done; seconds(): time spent, over all sessions; fraction(): of the budget, in [0, 1].
     """
 
-    def __init__(self, flags, out, device, resume=None, micro_batch=None, compiled=False):
+    def __init__(self, flags, out, device, resume, micro_batch, compiled):
         self.flags, self.out, self.device, seed = flags, out, device, flags["seed"]
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.pictures, self.rows, held_out = training_data(flags)
@@ -221,15 +210,15 @@ class Run:
         self.step, elapsed, self.summary, self.curve = 0, 0.0, {}, []
         if resume:
             self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
+            self.curve = list(resume.get("curve", []))
             self.model.load_state_dict(resume["weights"])
             self.optimizer.load_state_dict(resume["optimizer"])
-            self.curve = list(resume.get("curve", []))
         else:
             first = batch_rows(self.rows, 0, min(flags["batch"], 64), seed)
             _, y, _ = noisy_batch(self.pictures.x, first, 0, seed, flags["sigma_max"], device)
             initialise(self.model, y, self.mean)
-            classes = len(self.pictures.classes) > 1       # without, there is nothing to compare with later
-            self.summary["agreement_untrained"] = self.code_quality()["agreement"] if classes else None
+            several = len(self.pictures.classes) > 1
+            self.summary["agreement_untrained"] = self.code_quality()["agreement"] if several else None
         for p in self.model.parameters() if self.world > 1 else ():
             dist.broadcast(p.data, 0)
         if compiled:
@@ -245,8 +234,8 @@ class Run:
     def seconds(self):
         return time.monotonic() - self.began
 
-    def fraction(self, step=None):
-        return min(1.0, max((step or self.step) / self.total, self.seconds() / self.limit))
+    def fraction(self, part=0):
+        return min(1.0, max((self.step + part) / self.total, self.seconds() / self.limit))
 
     def rate(self):
         """Pictures a second, of this session."""
@@ -267,18 +256,18 @@ class Run:
 
     def show(self, done):
         """Status line after `done` of this process's share of a step."""
-        found, text = self.summary, f"{peak_memory(self.device):.1f} GiB"
+        found, text = self.summary, f"{self.rate():.0f}/s"
         if "psnr" in found:
             psnr = " ".join(f"{v:.1f}" for sigma, v in found["psnr"].items() if sigma in (0.1, 0.5))
-            text = f"PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
-        step = self.step + done / self.flags["batch"] * self.world
-        self.progress(self.fraction(step), f"{self.rate():.0f}/s  {text}")
+            text += f"  PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
+        self.progress(self.fraction(done / self.flags["batch"] * self.world), text)
 
     def code_quality(self):
         """Spread and class agreement of φ, of training pictures too: few held-out *files* make many tiles."""
         rows = np.concatenate([self.held_out[:500], self.rows[epoch_order(len(self.rows), 0, 0)[:1000]]])
         v = code(self.model, to_batch(self.pictures.x[rows], self.device), 2)
-        return dict(spread(v), agreement=class_agreement(v, self.pictures.labels[rows]))
+        share = float(own_class(v, self.pictures.labels[rows]).mean())
+        return dict(spread(v), agreement=None if math.isnan(share) else share)
 
     def measure(self):
         """Held-out PSNR, the use of M, and what φ is worth: a dict for the curve."""
@@ -298,29 +287,26 @@ class Run:
         model, flags, seen = self.model, self.flags, self.step * self.flags["batch"]
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"the weights are not finite after step {self.step}; {self.out} is as it was")
-        self.summary = {
-            **self.summary, **(self.measure() if measured else {}), "step": self.step,
-            "epoch": seen / len(self.rows), "pictures_seen": seen,
-            "loss": float(np.mean(losses)) if losses else None,
-            "lr": self.optimizer.param_groups[0]["lr"], "minutes": self.seconds() / 60,
-            "images_per_second": self.rate(), "memory_gib": peak_memory(self.device),
-            "training_pictures": len(self.rows), "device": str(self.device)}
+        self.summary = self.summary | (self.measure() if measured else {}) | dict(
+            step=self.step, epoch=seen / len(self.rows), pictures_seen=seen,
+            loss=float(np.mean(losses)) if losses else None, lr=self.optimizer.param_groups[0]["lr"],
+            minutes=self.seconds() / 60, images_per_second=self.rate(),
+            training_pictures=len(self.rows), device=str(self.device))
         self.curve += [self.summary] if measured else []
-        checkpoint = dict(
+        buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
+        torch.save(dict(
             format=FORMAT, model={k: flags[k] for k in ("width", "channels", "levels")}, mean=self.mean,
             weights=model.state_dict(), optimizer=self.optimizer.state_dict(), size=flags["size"],
             sigma_max=flags["sigma_max"], flags=flags, step=self.step, elapsed=self.seconds(),
-            fingerprint=self.pictures.fingerprint, training=self.summary, curve=self.curve)
-        buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
-        torch.save(checkpoint, buffer)
+            fingerprint=self.pictures.fingerprint, training=self.summary, curve=self.curve), buffer)
         try:
             with write(self.out) as file:
                 file.write(buffer.getbuffer())
-            with write(beside(self.out, ".jsonl")) as file:
+            with write(self.out[:-3] + ".jsonl") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in self.curve).encode())
             if measured:
                 x = to_batch(self.pictures.x[self.held_out[:8]], self.device)
-                with write(beside(self.out, ".png")) as file:
+                with write(self.out[:-3] + ".png") as file:
                     draw_evaluation(model, x, self.curve).save(file, "png")
         except UserError as error:
             say(str(error))
@@ -329,30 +315,28 @@ class Run:
 
 def describe(run):
     """Say at the start what will be done, with what."""
-    flags, model, sees = run.flags, run.model, receptive_field(run.model.levels)
+    flags, sees, skipped = run.flags, receptive_field(run.model.levels), run.pictures.skipped
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     budget = " or ".join(f"{flags[name]:,g} {name}" for name in BUDGETS if flags[name])
     say(f"device        {run.device}, {run.world} process{'es' * (run.world > 1)}, {flags['precision']}")
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"network       width {model.width}, {model.levels} levels, {parameters:.2f} M parameters; M sees "
-        f"{sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
+    say(f"network       width {flags['width']}, {flags['levels']} levels, {parameters:.2f} M parameters; M "
+        f"sees {sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
     say(f"pictures      {len(run.rows)} to train on, {len(run.held_out)} held out, {flags['size']}×"
-        f"{flags['size']}×{model.channels}, {len(run.pictures.classes)} classes, "
-        f"{len(run.pictures.skipped)} files skipped")
-    for line in run.pictures.skipped[:3]:
-        say(f"  skipped     {line}")
-    say(f"batch         {flags['batch']} in micro-batches of {run.micro}")
-    say(f"run           {budget}" + f", resumed at step {run.step}" * bool(run.step))
+        f"{flags['size']}×{flags['channels']}, {len(run.pictures.classes)} classes")
+    if skipped:
+        say(f"skipped       {len(skipped)} files: {'; '.join(skipped[:3])}")
+    say(f"run           {budget}, batch {flags['batch']} in micro-batches of {run.micro}"
+        + f", resumed at step {run.step}" * bool(run.step))
 
 
 def conclude(run):
     """Say at the end how it went and what comes next; True if the run is complete."""
-    complete, out, found, spent = run.fraction() >= 1, run.out, run.summary, duration(run.seconds())
+    complete, out, found = run.fraction() >= 1, run.out, run.summary
+    done = f"{run.step} steps, {run.step * run.flags['batch']:,} pictures, {duration(run.seconds())}"
     if run.step == run.first and complete:
-        say(f"{out}: already complete ({run.step} steps, {spent}); a larger --pictures, --epochs or "
-            f"--minutes makes it longer")
+        say(f"{out}: already complete ({done}); a larger --pictures, --epochs or --minutes makes it longer")
         return True
-    say(f"{'complete' if complete else 'stopped'} after {run.step} steps, "
-        f"{run.step * run.flags['batch']:,} pictures, {spent}")
+    say(f"{'complete' if complete else 'stopped'} after {done}")
     if "psnr" in found:
         psnr, use = (", ".join(f"{v:.2f} dB (σ {s:g})" for s, v in found[k].items()) for k in ("psnr", "use"))
         say(f"held-out PSNR {psnr}")
@@ -360,9 +344,9 @@ def conclude(run):
             f"{found['silent']} channels silent")
         if found["agreement"] is not None:
             say(f"class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
-    say(f"wrote {out}, {beside(out, '.jsonl')}, {beside(out, '.png')}")
-    say(f"next: python sample.py {out}; python analyze.py {out}" if complete else
-        f"go on with: python train.py --out {out} --resume")
+    say(f"wrote {out}, {out[:-3]}.jsonl, {out[:-3]}.png; " + (
+        f"next: python sample.py {out}; python analyze.py {out}" if complete else
+        f"go on with: python train.py --out {out} --resume"))
     return complete
 
 
@@ -370,11 +354,6 @@ def new_network(flags, device):
     """A network for these flags, and its optimiser."""
     model = UNet(flags["width"], flags["channels"], flags["levels"]).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
-
-
-def beside(out, suffix):
-    """ckpt.pt -> ckpt.jsonl, ckpt.png: what stands beside the checkpoint."""
-    return str(Path(out).with_suffix(suffix))
 
 
 @functools.lru_cache(maxsize=2)
@@ -403,17 +382,6 @@ def over_processes(numbers, device, op=dist.ReduceOp.SUM):
     numbers = torch.tensor(numbers, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     dist.all_reduce(numbers, op)
     return numbers.tolist()
-
-
-def peak_memory(device):
-    """Peak memory in GiB: resident on a CPU, allocated on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if sys.platform == "win32":
-        return math.nan                        # no `resource` there, and no other way to ask
-    import resource
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20            # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def fitting_micro_batch(flags, device):
@@ -499,12 +467,6 @@ def own_class(code, labels, k=10):
     return (labels[nearest(code, np.arange(len(labels)), k)] == labels[:, None]).mean(1)
 
 
-def class_agreement(code, labels, k=10):
-    """The mean of `own_class`, for the curve; None without two classes."""
-    share = float(own_class(code, labels, k).mean())
-    return None if math.isnan(share) else share
-
-
 # A.2, Pictures
 
 EXTENSIONS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif".split())
@@ -530,14 +492,18 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
         x, labels, classes = builtin_pictures(20_000, size, channels, data)
         paths, source, skipped = [f"{data or 'built-in'}#{i}" for i in range(len(x))], np.arange(len(x)), []
     else:
-        parts, counts, names, kinds, skipped = [], [], [], [], []
+        parts, counts, names, kinds, skipped = deque(), [], [], [], []
         for items, item_names, item_kinds in read(data):
             for tiles, count, unusable in decode(items, item_names, size, channels, patches):
                 parts.append(tiles)
                 counts += count
                 skipped += unusable
             names, kinds = names + item_names, kinds + item_kinds
-        x, source = joined(parts), np.repeat(np.arange(len(names)), counts)
+        source, row = np.repeat(np.arange(len(names)), counts), 0
+        x = parts.pop() if len(parts) == 1 else np.empty((len(source), size, size, channels), np.uint8)
+        while parts:                           # each freed once it is copied: the data are never there twice
+            x[row:row + len(parts[0])] = parts[0]
+            row += len(parts.popleft())
         if not len(x):
             raise UserError(f"--data {data}: none of its {len(skipped)} pictures could be used, for instance "
                             + "; ".join(skipped[:3]))
@@ -572,9 +538,8 @@ def read(data):
         return
     files = list_files(data, {".npz"}) if os.path.isdir(data) else [data]
     if not files or not files[0].lower().endswith((".npy", ".npz")):
-        raise UserError(f"--data {data}: looked for a folder (searched to any depth) with pictures "
-                        f"({' '.join(sorted(EXTENSIONS))}) or .npz batches, or one .npy or .npz file; found "
-                        f"none")
+        raise UserError(f"--data {data}: looked for a folder with pictures ({' '.join(sorted(EXTENSIONS))}, "
+                        f"at any depth) or .npz batches, or one .npy or .npz file; found none")
     for path in files:
         try:
             file = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -592,8 +557,7 @@ def read(data):
             raise UserError(f"{path}: pictures must be uint8 of shape (N, H, W), (N, H, W, 1), (N, H, W, 3) "
                             f"or (N, 3·side²); this is {x.dtype} {x.shape}")
         if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(x),)):
-            raise UserError(f"{path}: labels must be {len(x)} integers; these are {labels.dtype} "
-                            f"{labels.shape}")
+            raise UserError(f"{path}: labels must be {len(x)} integers, not {labels.dtype} {labels.shape}")
         kinds = [None] * len(x) if labels is None else [str(v) if v >= 0 else None for v in labels]
         yield x, [f"{path}#{i}" for i in range(len(x))], kinds
 
@@ -605,33 +569,22 @@ def decode(items, names, size, channels, patches):
         return
 
     def some(block):
-        tiles, counts, skipped = [np.empty((0, size, size, channels), np.uint8)], [], []
-        for i in block:
+        tiles, skipped = [], []
+        for item, name in zip(items[block], names[block]):
             try:
-                with open_picture(items[i]) as image:
+                with (Image.open(item) if isinstance(item, str) else
+                      Image.fromarray(np.repeat(item, 3 // item.shape[2], 2))) as image:
                     tiles.append(to_pixels(image, size, channels, patches))
-                counts.append(len(tiles[-1]))
             except Exception as error:         # damaged files raise nearly anything, by format
-                counts.append(0)
-                skipped.append(f"{names[i]}: {error}")
-        return np.concatenate(tiles), counts, skipped
+                tiles.append(np.empty((0, size, size, channels), np.uint8))
+                skipped.append(f"{name}: {error}")
+        return np.concatenate(tiles), list(map(len, tiles)), skipped
 
-    blocks, progress = [range(i, min(i + 64, len(items))) for i in range(0, len(items), 64)], Progress()
+    blocks, progress = [slice(i, i + 64) for i in range(0, len(items), 64)], Progress()
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for k, found in enumerate(pool.map(some, blocks)):
             yield found
             progress((k + 1) / len(blocks), "reading pictures")
-
-
-def joined(parts):
-    """The arrays of a list in one, each freed once it is copied: the data are never there twice."""
-    if len(parts) == 1:
-        return parts[0]
-    x, row = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.uint8), 0
-    for k, part in enumerate(parts):
-        x[row:row + len(part)], parts[k] = part, None
-        row += len(part)
-    return x
 
 
 def list_files(folder, extensions):
@@ -644,13 +597,6 @@ def list_files(folder, extensions):
             found += [os.path.join(root, f) for f in files if os.path.splitext(f)[1].lower() in extensions]
         seen.add(real)
     return sorted(found)
-
-
-def open_picture(item):
-    """A PIL image of a file, or of an array (H, W, C)."""
-    if isinstance(item, str):
-        return Image.open(item)
-    return Image.fromarray(np.ascontiguousarray(item.squeeze(-1) if item.shape[-1] == 1 else item))
 
 
 def load_picture(path, size=None, channels=3, patches=False):
@@ -719,19 +665,19 @@ def to_uint8(x):
 
 def hash_pictures(x):
     """(N,) uint64, a hash of each picture's pixels, and (N,) bool: is it of one colour throughout?"""
-    digests, constant, channels = [], [], x.shape[-1]
-    for picture in x:
-        data = picture.tobytes()
-        digests.append(hashlib.blake2b(data, digest_size=8).digest())
-        constant.append(data == data[:channels] * (len(data) // channels))
+    def of(picture):
+        data, colour = picture.tobytes(), picture[0, 0].tobytes()
+        return hashlib.blake2b(data, digest_size=8).digest(), data == colour * (len(data) // len(colour))
+
+    digests, constant = zip(*map(of, x))
     return np.frombuffer(b"".join(digests), np.uint64), np.array(constant)
 
 
 def join_groups(source, hashes, constant):
-    """Group of every picture: those cut from one file, and exact duplicates, share one, transitively.
+    """Group of every picture (N,): those cut from one file, and exact duplicates, share one, transitively.
 
-    source: (N,) index of the file; hashes: (N,) uint64; constant: (N,) bool: blank tiles join no files.
-    A group is named by its smallest hash: that depends on the pictures alone, not on their names or order.
+    source: index of the file; hashes: uint64; constant: bool, blank tiles join no files. A group is named by
+    its smallest hash: that depends on the pictures alone, not on their names or order.
     """
     hashes = hashes.copy()
     for h in np.unique(hashes[constant]):                  # each blank one gets a hash of its own
@@ -750,10 +696,10 @@ def join_groups(source, hashes, constant):
 
 
 def split(pictures, val=0.05, seed=0):
-    """Seeded split into (training, held-out) indices; depends only on the pictures and the seed.
+    """Seeded split into (training, held-out) indices, 1 to 2,000; depends on the pictures and the seed alone.
 
-    1 to 2,000 are held out; no group (tiles of one picture, exact duplicates) has members on both sides, and
-    one larger than what is to be held out stays in training. Raises UserError if that leaves none.
+    No group (tiles of one picture, exact duplicates) has members on both sides, and one larger than what is
+    to be held out stays in training. Raises UserError if that leaves none.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
     room = min(max(1, round(val * len(pictures.x))), 2000)
@@ -794,9 +740,8 @@ def training_part(pictures, train, subset=None, limit=None, seed=0):
 def training_data(flags):
     """(Pictures, training rows, held-out rows) for the flags of a run. Errors: as `load_pictures`."""
     pictures = load_pictures(flags["data"], flags["size"], flags["channels"], flags["patches"])
-    train_rows, held_out = split(pictures, flags["val"], flags["seed"])
-    train_rows = training_part(pictures, train_rows, flags["subset"], flags["limit"], flags["seed"])
-    return pictures, train_rows, held_out
+    rows, held_out = split(pictures, flags["val"], flags["seed"])
+    return pictures, training_part(pictures, rows, flags["subset"], flags["limit"], flags["seed"]), held_out
 
 
 # Built-in pictures, for a machine without any
@@ -815,8 +760,11 @@ def builtin_pictures(n, size, channels, family=None, seed=0):
     """
     rng = np.random.default_rng(seed)
     if family:
-        draw, alpha = (disc_pictures, []) if family == "disc" else (calpha_pictures, [alpha_of(family)])
-        x = np.concatenate([draw(min(500, n - i), size, rng, *alpha) for i in range(0, n, 500)])
+        alpha = family.partition(":")[2]
+        if family != "disc" and not (alpha.replace(".", "", 1).isdecimal() and 0 < float(alpha) < 100):
+            raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
+        draw, more = (calpha_pictures, [float(alpha)]) if alpha else (disc_pictures, [])
+        x = np.concatenate([draw(min(500, n - i), size, rng, *more) for i in range(0, n, 500)])
         return np.repeat(x, channels, axis=-1), np.full(n, -1), []
     k = len(BUILTIN_CLASSES)
     x = np.empty((n, size, size, channels), np.uint8)
@@ -834,12 +782,6 @@ def builtin_pictures(n, size, channels, family=None, seed=0):
     return x, np.arange(n) % k, BUILTIN_CLASSES
 
 
-def coordinates(size):
-    """x (1, 1, size) and y (1, size, 1) of the pixels' centres, in parts of the side."""
-    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
-    return x, x.transpose(0, 2, 1)
-
-
 def field(name, m, size, rng):
     """m random fields of one class, (m, size, size), low inside its things. Lengths: parts of the side."""
     u = lambda low, high: rng.uniform(low, high, (m, 1, 1)).astype(np.float32)
@@ -849,7 +791,8 @@ def field(name, m, size, rng):
         white = np.fft.rfft2(rng.standard_normal((m, size, size), np.float32))
         noise = np.fft.irfft2(white * np.exp(-((k - middle) / width) ** 2), s=(size, size))
         return noise / noise.std((1, 2), keepdims=True)
-    x, y = coordinates(size)
+    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]      # the pixels' centres
+    y = x.transpose(0, 2, 1)
     from_point = lambda: np.sqrt((x - u(-0.1, 1.1)) ** 2 + (y - u(-0.1, 1.1)) ** 2)
     f = second = np.full((m, size, size), 9, np.float32)
     for _ in range({"lines": 12, "circles": 12, "dead leaves": 30, "cells": 24, "mosaic": 30}[name]):
@@ -859,8 +802,7 @@ def field(name, m, size, rng):
         elif name == "circles":
             f = np.minimum(f, np.abs(from_point() - u(0.08, 0.2)))
         elif name == "dead leaves":                        # dark and light discs, each over the earlier ones
-            f = np.minimum(f, from_point() - u(0.05, 0.12))
-            f = np.maximum(f, u(0.05, 0.12) - from_point())
+            f = np.maximum(np.minimum(f, from_point() - u(0.05, 0.12)), u(0.05, 0.12) - from_point())
         elif name == "cells":                              # walls between the nearest two of random points
             d = from_point()
             f, second = np.minimum(f, d), np.minimum(second, np.maximum(f, d))
@@ -873,7 +815,8 @@ def lattice(name, m, size, rng):
     """As `field`: one thing in each cell of a lattice, shifted and turned; s, t are its own coordinates."""
     u = lambda low, high, *shape: rng.uniform(low, high, (m, *(shape or (1, 1)))).astype(np.float32)
     wave = lambda t: np.abs(t - np.round(t))               # distance to the next integer, ≤ 0.5
-    x, y = coordinates(size)
+    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
+    y = x.transpose(0, 2, 1)
     angle, period = u(0, 2 * np.pi), u(0.24, 0.36) * (1.6 if name in ("rings", "stars", "parquet") else 1)
     x, y = x - u(0, 1), y - u(0, 1)
     p = (x * np.cos(angle) + y * np.sin(angle)) / period
@@ -891,14 +834,6 @@ def lattice(name, m, size, rng):
         rings=lambda: wave(u(2.6, 3.2) * np.sqrt(s ** 2 + t ** 2)),
         stars=lambda: np.hypot(s, t) * wave(7 * np.arctan2(t, s) / (2 * np.pi)),
         parquet=lambda: wave(2.2 * t))[name]()
-
-
-def alpha_of(family):
-    """A of "calpha:A"."""
-    with contextlib.suppress(ValueError):
-        if 0 < (alpha := float(family.split(":")[1])) < 100:
-            return alpha
-    raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
 
 
 def disc_pictures(m, size, rng):
@@ -961,7 +896,7 @@ def greek(text):
 
 def to_image(x, side=None):
     """(C, H, W) in [0, 1] -> a PIL RGB image, enlarged without smoothing to about `side` pixels."""
-    image = open_picture(to_uint8(x.float().cpu().permute(1, 2, 0).numpy())).convert("RGB")
+    image = Image.fromarray(to_uint8(x.float().cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()))
     scale = max(1, round((side or image.width) / image.width))
     return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
 
@@ -983,35 +918,26 @@ def grid(images, columns, gap=8):
 
 def caption(text, size=26, width=1600):
     """Text on white, `width` pixels wide, in as many lines as it needs."""
-    lines, pen = [""], font(size)
-    for word in greek(text).split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and pen.getlength(longer) > width - 12:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    words, pen = greek(text).split(" "), font(size)
+    lines = words[:1]
+    for word in words[1:]:
+        fits = pen.getlength(f"{lines[-1]} {word}") <= width - 12
+        lines[-1:] = [f"{lines[-1]} {word}"] if fits else [lines[-1], word]
     image = Image.new("RGB", (width, int((1.3 * len(lines) + 0.3) * size)), "white")
     for k, line in enumerate(lines):
         ImageDraw.Draw(image).text((6, int((1.3 * k + 0.2) * size)), line, "black", pen)
     return image
 
 
-def picture_rows(rows, title="", side=96, gap=4):
+def picture_rows(rows, side=96, gap=4):
     """Rows of pictures with a name in front of each: rows is [(name, x (N, C, H, W))]. A PIL image."""
     left = 20 + int(max(font().getlength(greek(name)) for name, _ in rows))
-    lines = [grid([caption(name, width=left), *[to_image(picture, side) for picture in x]], len(x) + 1, gap)
-             for name, x in rows]
-    head = [caption(title, width=max(line.width for line in lines))] if title else []
-    return grid(head + lines, 1, gap)
+    return grid([grid([caption(name, width=left), *(to_image(picture, side) for picture in x)],
+                      len(x) + 1, gap) for name, x in rows], 1, gap)
 
 
-# what `plot` draws: x and y set its ranges; draw(pen, at, color), where at(x, y) is [(x, y)] in pixels
+# what `plot` draws: x and y set its ranges; draw(pen, at, color) asks at(x, y) for the points in pixels
 Mark = namedtuple("Mark", "label color x y draw histogram", defaults=[False])
-
-
-def discs(pen, points, radius, color):
-    for a, b in points:
-        pen.ellipse([a - radius, b - radius, a + radius, b + radius], color, "#ffffff")
 
 
 def line(x, y, label=None, color=None, points=False, band=None, width=5):
@@ -1020,13 +946,17 @@ def line(x, y, label=None, color=None, points=False, band=None, width=5):
         if band is not None:
             pen.polygon(at(x, band[0]) + at(x, band[1])[::-1], color + "38")
         pen.line(at(x, y), color, width, joint="curve")
-        discs(pen, at(x, y) if points else [], 8, color)
+        for a, b in at(x, y) if points else ():
+            pen.ellipse([a - 8, b - 8, a + 8, b + 8], color, "#ffffff")
     return Mark(label, color, x, y if band is None else np.concatenate([y, *band]), draw)
 
 
 def dots(x, y, label=None, color=None, radius=5):
     """Discs at the points."""
-    return Mark(label, color, x, y, lambda pen, at, color: discs(pen, at(x, y), radius, color + "b0"))
+    def draw(pen, at, color):
+        for a, b in at(x, y):
+            pen.ellipse([a - radius, b - radius, a + radius, b + radius], color + "b0", "#ffffff")
+    return Mark(label, color, x, y, draw)
 
 
 def bars(values, bins, span=None, label=None, color=None):
@@ -1064,10 +994,8 @@ def ticks(low, high, log, most):
     """Round numbers in [low, high]: 1, 2 or 5 times a power of ten, at most `most` or so."""
     if log and high > 4 * low:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in (1, 2, 5), (1, 3), (1,):
-            found = [s * 10.0 ** k for k in decades for s in steps if low <= s * 10.0 ** k <= high]
-            if len(found) <= most + 2:
-                break
+        found = [s * 10.0 ** k for k in decades for s in ((1, 2, 5) if len(decades) < 4 else (1,))]
+        found = [v for v in found if low <= v <= high]
         return found[::math.ceil(len(found) / (most + 2))]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= most)
@@ -1093,14 +1021,11 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
     named = lambda v: f"{v:.6g}" if abs(v) > 1e-12 else "0"
     left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
     right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
-    colors = [m.color or c for m, c in zip(marks, itertools.cycle(COLORS))]
-    legend, lines, end = [], 0, w                          # above the frame, where it covers no data
-    for label, color in ((greek(m.label), c) for m, c in zip(marks, colors) if m.label):
-        need = 60 + text.getlength(label)
-        lines, end = (lines + 1, left) if end + need > right + 28 else (lines, end)
-        legend.append((end, lines, label, color))
-        end += need
-    top = 8 + int(1.4 * em) * (bool(title) + lines)
+    colors = [m.color or COLORS[k % len(COLORS)] for k, m in enumerate(marks)]
+    legend = [(greek(m.label), c) for m, c in zip(marks, colors) if m.label]   # above the frame, in columns
+    need = max([60 + text.getlength(label) for label, _ in legend], default=1)
+    columns = max(1, int((right + 28 - left) / need))
+    top = 8 + int(1.4 * em) * (bool(title) + math.ceil(len(legend) / columns))
 
     px = lambda v: scaled(v, xlim, "x" in log, left, right)
     py = lambda v: scaled(v, ylim, "y" in log, bottom, top)
@@ -1119,8 +1044,8 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
         mark.draw(ImageDraw.Draw(inside, "RGBA"), at, color)
     sheet.paste(inside.crop((left, top, right, bottom)), (left, top))
     pen.rectangle([left, top, right, bottom], outline="#444444", width=2)
-    for x, row, label, color in legend:
-        y = 8 + 1.4 * em * (bool(title) + row - 0.55)
+    for k, (label, color) in enumerate(legend):
+        x, y = left + k % columns * need, 8 + 1.4 * em * (bool(title) + k // columns + 0.45)
         pen.rectangle([x, y - em / 3, x + 24, y + em / 3], color)
         pen.text((x + 32, y), label, "black", text, anchor="lm")
     pen.text(((left + right) / 2, 4), greek(title), "black", text, anchor="ma")
@@ -1152,14 +1077,10 @@ def draw_evaluation(model, x, curve):
 # Speed
 
 def bench(flags, micro_batch, device, seconds=20):
-    """Print images/s of a training step, of a forward pass and of φ.
-
-    They are timed in turn, again and again, so that other work on the machine slows all alike; medians.
-    """
-    size, precision = flags["size"], flags["precision"]
+    """Print images/s of a training step, of a forward pass and of φ: medians of timings that take turns."""
     model, optimizer = new_network(flags, device)
     micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
-    batch = min(flags["batch"], 4 * micro)
+    batch, size, precision = min(flags["batch"], 4 * micro), flags["size"], flags["precision"]
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, flags["channels"]), np.uint8)
     x = to_batch(pixels[:micro], device)
 
@@ -1173,13 +1094,13 @@ def bench(flags, micro_batch, device, seconds=20):
         torch.zeros(1, device=device).item()   # waits for a GPU
         return images / (time.perf_counter() - start)
 
-    work = (batch, step), (micro, torch.no_grad()(lambda: model(x))), (micro, lambda: phi(model, x, 0.3))
+    works = (batch, step), (micro, torch.no_grad()(lambda: model(x))), (micro, lambda: phi(model, x, 0.3))
     rates, end = [], time.monotonic() + seconds
     while time.monotonic() < end or len(rates) < 3:
-        rates.append([rate(*w) for w in work])
-    rates = np.median(rates, axis=0)
-    say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, "
-        f"micro-batch {micro}, {precision}, {device}")
+        rates.append([rate(*work) for work in works])
+    say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, micro-batch "
+        f"{micro}, {precision}, {device}")
+    rates = np.median(rates, 0)
     for name, r in zip(("training step", "forward pass", "phi"), rates):
         say(f"{name:13} {r:10.1f} images/s, {r / rates[1]:.2f} of the forward pass")
 
@@ -1195,38 +1116,32 @@ BUDGETS = "epochs", "minutes", "pictures"
 
 def arguments():
     """The command line. Flags that define the run default to None: --resume must see which were given."""
-    parser = Parser(description=__doc__)
-    data = parser.add_argument_group("pictures").add_argument
-    training = parser.add_argument_group("network and training").add_argument
-    add, whole = parser.add_argument, number(int, 1)
-    data("--data", metavar="PATH", help="a folder (any depth), a .npy or .npz of uint8 pictures, a folder of "
-         "ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
-    data("--size", type=number(int, 1, 4096),
-         help="side in pixels; a multiple of 2^levels (default: 64; built-in 32)")
-    data("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3; disc and calpha 1)")
-    data("--patches", action="store_true", default=None,
-         help="cut each picture into size×size tiles instead of cropping and resizing it")
-    data("--val", type=number(float, 0, 0.9), help="fraction held out, at most 2000 (default: 0.05)")
-    data("--subset", choices=("first", "second"), help="one half of the training pictures (paper B)")
-    data("--limit", type=whole, help="at most this many training pictures (paper B)")
-    training("--width", type=number(int, 1, 4096), help="channels of E1 (default: 64; built-in 16)")
-    training("--levels", type=number(int, 1, 8),
-             help="encoder blocks (default: the smallest number with which M sees the whole picture)")
-    training("--sigma-max", type=number(float, 0, 100), help="largest σ, pictures in [0, 1] (default: 1)")
-    training("--batch", type=number(int, 1, 2 ** 16),
-             help="pictures a step, over all processes (default: 1024; built-in 32)")
-    training("--pictures", type=whole, metavar="N",
-             help="train on so many, counting repetitions (built-in: 150000)")
-    training("--epochs", type=number(float, 0, 1e12), help="times through them (default: 1000)")
-    training("--minutes", type=number(float, 0, 1e12), help="the schedule stretched to fit")
-    training("--precision", choices=("fp32", "bf16"), help="bf16: automatic mixed precision (default: fp32)")
-    training("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
+    parser, whole = Parser(description=__doc__), number(int, 1)
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data", metavar="PATH", help="a folder (any depth), a .npy or .npz of uint8 pictures, a folder of "
+        "ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
+    add("--size", type=number(int, 1, 4096), help="side in pixels, a multiple of 2^levels (64; built-in 32)")
+    add("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3; disc and calpha 1)")
+    add("--patches", action="store_true", default=None, help="cut pictures into size×size tiles, unscaled")
+    add("--val", type=number(float, 0, 0.9), help="fraction held out, at most 2000 (default: 0.05)")
+    add("--subset", choices=("first", "second"), help="one half of the training pictures (paper B)")
+    add("--limit", type=whole, help="at most this many training pictures (paper B)")
+    add = parser.add_argument_group("network and training").add_argument
+    add("--width", type=number(int, 1, 4096), help="channels of E1 (default: 64; built-in 16)")
+    add("--levels", type=number(int, 1, 8), help="encoder blocks (default: so many that M sees the picture)")
+    add("--sigma-max", type=number(float, 0, 100), help="largest σ, pictures in [0, 1] (default: 1)")
+    add("--batch", type=number(int, 1, 2 ** 16), help="pictures a step, in all (default: 1024; built-in 32)")
+    add("--pictures", type=whole, metavar="N", help="train on so many, repeats counted (built-in: 150000)")
+    add("--epochs", type=number(float, 0, 1e12), help="times through them (default: 1000)")
+    add("--minutes", type=number(float, 0, 1e12), help="the schedule stretched to fit")
+    add("--precision", choices=("fp32", "bf16"), help="bf16: automatic mixed precision (default: fp32)")
+    add("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
+    add = parser.add_argument
     add("--out", default="ckpt.pt", metavar="FILE.pt", help="checkpoint to write (default: ckpt.pt)")
     add("--resume", action="store_true", help="go on with --out exactly where it was saved")
     add("--force", action="store_true", help="overwrite --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    add("--micro-batch", type=whole,
-        help="pictures at a time; changes nothing but memory and speed (default: what fits)")
+    add("--micro-batch", type=whole, help="pictures at a time: memory and speed alone (default: what fits)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--save-every", type=number(float, 0, 1e9), metavar="SECONDS",
         help="evaluate and save so often (default: a twelfth of the run, 30 to 300)")
@@ -1252,10 +1167,8 @@ def complete_flags(given, resume=None, path=""):
                                 f"{saved[key]}; leave it out to go on, or give another --out")
         return saved | no_budget | given
     synthetic = is_synthetic(given.get("data"))
-    flags = COMMON | (SMALL if synthetic else PAPER) | no_budget
-    if synthetic and "data" in given:
-        flags["channels"] = 1
-    flags |= given
+    gray = dict(channels=1) if synthetic and "data" in given else {}
+    flags = COMMON | (SMALL if synthetic else PAPER) | gray | no_budget | given
     if flags["levels"] is None:
         flags["levels"] = next(n for n in range(1, 9) if receptive_field(n) >= min(flags["size"], 700))
     if flags["size"] % 2 ** flags["levels"]:
@@ -1277,10 +1190,7 @@ def choose_device(name):
 
 def join_processes(device):
     """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
-    if "RANK" not in os.environ:
-        return
-    missing = [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
-    if missing:
+    if missing := [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]:
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1294,8 +1204,8 @@ def stop_on_signal(stop):
         if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
             signal.signal(number, signal.SIG_DFL)
 
-    for name in "SIGINT", "SIGTERM", "SIGHUP":
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:        # nohup
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:          # nohup
             signal.signal(getattr(signal, name), on_signal)
 
 
@@ -1314,9 +1224,10 @@ def main():
         raise UserError(f"{out}: weights only, without what --resume needs to go on exactly (Adam's state)")
     if os.path.exists(out) and not (resume or given["force"]):
         raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
-    check_outputs([out, beside(out, ".jsonl"), beside(out, ".png")], force=bool(resume) or given["force"])
+    check_outputs([out[:-3] + end for end in (".pt", ".jsonl", ".png")], bool(resume) or given["force"])
     flags = complete_flags(given, resume, out)
-    join_processes(device)
+    if "RANK" in os.environ:
+        join_processes(device)
     if given["data"] is None and not resume:
         say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
     train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
