@@ -400,25 +400,22 @@ SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
 
 
 @torch.no_grad()
-def held_out_psnr(model, x, sigma, micro_batch=128, precision="fp32", swap_M=False):
-    """10 log₁₀(1 / mean squared error) of x̂(x + σz), in dB, always with the same z; x: (N, C, H, W).
+def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32", sigmas=SIGMAS, swap_M=False):
+    """Held-out PSNR at each σ ≤ sigma_max, {σ: 10 log₁₀(1 / mean squared error of x̂(x + σz)), in dB}.
 
-    swap_M: every picture's M-maps are those of another, the one before it (for N = 1 its own).
+    x: (N, C, H, W); z is always the same. swap_M: every picture's M-maps are those of the one before it.
     """
-    generator, error = seeded(x.device, 3, round(1000 * sigma)), 0.0
-    for clean in x.tensor_split(math.ceil(len(x) / max(2, micro_batch))):
-        y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            maps, skips = model.encode(y)
-            x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
-        error += (x_hat.float() - clean).square().sum().item()
-    return -10 * math.log10(max(error, 1e-30) / x.numel())
-
-
-def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32"):
-    """Held-out PSNR at each σ that training has seen, {σ: dB}; arguments as for `held_out_psnr`."""
-    seen = [s for s in SIGMAS if s <= sigma_max] or [sigma_max]
-    return {sigma: held_out_psnr(model, x, sigma, micro_batch, precision) for sigma in seen}
+    psnr = {}
+    for sigma in [s for s in sigmas if s <= sigma_max] or [sigma_max]:
+        generator, error = seeded(x.device, 3, round(1000 * sigma)), 0.0
+        for clean in x.tensor_split(math.ceil(len(x) / max(2, micro_batch))):
+            y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                maps, skips = model.encode(y)
+                x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
+            error += (x_hat.float() - clean).square().sum().item()
+        psnr[sigma] = -10 * math.log10(max(error, 1e-30) / x.numel())
+    return psnr
 
 
 def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
@@ -426,8 +423,8 @@ def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
 
     0: the decoder does not listen to M, and φ, whatever it says about pictures, is not what denoises them.
     """
-    return {sigma: held_out_psnr(model, x, sigma, **options)
-            - held_out_psnr(model, x, sigma, swap_M=True, **options) for sigma in sigmas}
+    own, swapped = (evaluate(model, x, sigmas=sigmas, swap_M=swap, **options) for swap in (False, True))
+    return {sigma: own[sigma] - swapped[sigma] for sigma in own}
 
 
 def code(model, x, draws=20):
@@ -457,9 +454,9 @@ def nearest(code, queries, k):
 
 
 def own_class(code, labels, k=10):
-    """Share of the k nearest that are of the picture's own class, one value for each picture that has one.
+    """Share of the k nearest that are of a picture's own class, a value for each that has one, or one NaN.
 
-    code: (N, d); labels: (N,), −1 for no class. [NaN] without two classes.
+    code: (N, d); labels: (N,), −1 for no class.
     """
     code, labels = code[labels >= 0], labels[labels >= 0]
     if len(set(labels)) < 2:
@@ -486,7 +483,7 @@ class Pictures(NamedTuple):
 def load_pictures(data=None, size=64, channels=3, patches=False):
     """Read a data set: a folder, a .npy/.npz file, "disc", "calpha:A", or None for the built-in pictures.
 
-    x is (N, size, size, channels). Raises UserError when nothing is usable, and says what was looked for.
+    x is (N, size, size, channels). UserError if nothing is usable.
     """
     if is_synthetic(data):
         x, labels, classes = builtin_pictures(20_000, size, channels, data)
@@ -602,16 +599,14 @@ def list_files(folder, extensions):
 def load_picture(path, size=None, channels=3, patches=False):
     """One picture file -> (H, W, channels) uint8: as in training if `size` is given, else at full resolution.
 
-    As in training: the central square, resized; with `patches` the central tile at full resolution. Raises
-    UserError if the file cannot be read as a picture, or is smaller than a tile.
+    With `patches` the central tile. UserError if it cannot be read as a picture, or is smaller than a tile.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            if patches or not size:
-                image = flatten(image, channels)
             if not size:
-                return np.asarray(image).reshape(image.height, image.width, channels)
+                return np.atleast_3d(flatten(image, channels))
             if patches and min(image.size) >= size:
+                image = flatten(image, channels)
                 left, top = ((side - size) // 2 for side in image.size)
                 image = image.crop((left, top, left + size, top + size))
             return to_pixels(image, size, channels, patches)[0]
@@ -628,15 +623,14 @@ def to_pixels(image, size, channels, patches=False):
         image.draft(None, (2 * size, 2 * size))
     image = flatten(image, channels)
     w, h = image.size
-    if patches:
-        if min(w, h) < size:
-            raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
-        down, across = h // size, w // size
-        tiles = np.asarray(image)[:down * size, :across * size].reshape(down, size, across, size, channels)
-        return tiles.swapaxes(1, 2).reshape(-1, size, size, channels)
-    s = min(w, h)
-    box = (w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2
-    return np.asarray(image.resize((size, size), Image.BICUBIC, box=box)).reshape(1, size, size, channels)
+    down, across, s = h // size, w // size, min(w, h)
+    if not patches:
+        box = (w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2
+        return np.asarray(image.resize((size, size), Image.BICUBIC, box=box)).reshape(1, size, size, channels)
+    if s < size:
+        raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
+    tiles = np.asarray(image)[:down * size, :across * size].reshape(down, size, across, size, channels)
+    return tiles.swapaxes(1, 2).reshape(-1, size, size, channels)
 
 
 def flatten(image, channels):
@@ -872,9 +866,8 @@ def calpha_pictures(m, size, rng, alpha):
 
 BLUE, RED, GREEN, ORANGE, GRAY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"     # Okabe and Ito
 COLORS = BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31"
-WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|",
-         "₁": "_1", "₂": "_2", "−": "-", "–": "-", "→": "->", "≥": ">=", "≤": "<=", "ā": "a", "…": "...",
-         "≈": "~", "\u0302": ""}
+WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|", "₁": "1",
+         "₂": "2", "−": "-", "–": "-", "→": "->", "≥": ">=", "≤": "<=", "…": "...", "≈": "~", "\u0302": ""}
 
 
 @functools.lru_cache
@@ -904,15 +897,15 @@ def to_image(x, side=None):
 def grid(images, columns, gap=8):
     """PIL images of any size on one white sheet, so many in a row, top-aligned."""
     rows = [images[i:i + columns] for i in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) + gap for row in rows]
     width = max(sum(image.width + gap for image in row) for row in rows) - gap
-    height = sum(max(image.height for image in row) + gap for row in rows) - gap
-    sheet, y = Image.new("RGB", (width, height), "white"), 0
-    for row in rows:
+    sheet, y = Image.new("RGB", (width, sum(heights) - gap), "white"), 0
+    for row, height in zip(rows, heights):
         x = 0
         for image in row:
             sheet.paste(image, (x, y))
             x += image.width + gap
-        y += max(image.height for image in row) + gap
+        y += height
     return sheet
 
 
@@ -996,7 +989,7 @@ def ticks(low, high, log, most):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [s * 10.0 ** k for k in decades for s in ((1, 2, 5) if len(decades) < 4 else (1,))]
         found = [v for v in found if low <= v <= high]
-        return found[::math.ceil(len(found) / (most + 2))]
+        return found[::1 + len(found) // (most + 3)]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= most)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -1018,7 +1011,7 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
     ylim = ylim or ((0, y.max()) if histogram else limits(y, "y" in log))
     xs = ticks(*xlim, "x" in log, 6 if w > 600 else 4) if xlabel else []       # t-SNE has no units
     ys = ticks(*ylim, "y" in log, 6 if h > 350 else 4) if ylabel else []
-    named = lambda v: f"{v:.6g}" if abs(v) > 1e-12 else "0"
+    named = "{:.6g}".format
     left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
     right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
     colors = [m.color or COLORS[k % len(COLORS)] for k, m in enumerate(marks)]
