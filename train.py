@@ -8,7 +8,6 @@
 
 It writes ckpt.pt, ckpt.jsonl (the curve) and ckpt.png (held-out pictures, denoised) at every evaluation.
 """
-import contextlib
 import functools
 import hashlib
 import io
@@ -143,11 +142,11 @@ def initialise(model, y, mean):
 
     for weight in skip_weights(model):
         weight[:, :weight.shape[0]] = 0
-    with contextlib.ExitStack() as hooks:      # taken off again at its end
-        for module in model.modules():
-            if isinstance(module, (nn.GroupNorm, nn.ConvTranspose2d)):
-                hooks.enter_context(module.register_forward_hook(whiten))
-        model(y)
+    hooks = [module.register_forward_hook(whiten) for module in model.modules()
+             if isinstance(module, (nn.GroupNorm, nn.ConvTranspose2d))]
+    model(y)
+    for hook in hooks:
+        hook.remove()
     last = model.blocks["D1"][-1]
     last.weight.zero_()
     last.bias.copy_(torch.as_tensor(mean))
@@ -280,7 +279,7 @@ class Run:
     def save(self, losses, measured=True):
         """Write the checkpoint, the curve and the picture; with `measured`, evaluate first.
 
-        Returns the UserError, which it has said, if they cannot be written: there may be room next time.
+        Returns the UserError, already said, if they cannot be written: there may be room next time.
         """
         if self.rank:
             return None
@@ -720,7 +719,7 @@ def group_members(groups, index, seed):
 def training_part(pictures, train, subset=None, limit=None, seed=0):
     """Paper B's training sets: one half of the training rows (no group in both), at most `limit` of them.
 
-    A smaller limit's are among a larger one's. Raises UserError if nothing is left.
+    A smaller limit's are among a larger one's. UserError if nothing is left.
     """
     members = group_members(pictures.groups, train, seed)
     if subset:
@@ -810,9 +809,8 @@ def lattice(name, m, size, rng):
     u = lambda low, high, *shape: rng.uniform(low, high, (m, *(shape or (1, 1)))).astype(np.float32)
     wave = lambda t: np.abs(t - np.round(t))               # distance to the next integer, ≤ 0.5
     x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
-    y = x.transpose(0, 2, 1)
     angle, period = u(0, 2 * np.pi), u(0.24, 0.36) * (1.6 if name in ("rings", "stars", "parquet") else 1)
-    x, y = x - u(0, 1), y - u(0, 1)
+    x, y = x - u(0, 1), x.transpose(0, 2, 1) - u(0, 1)
     p = (x * np.cos(angle) + y * np.sin(angle)) / period
     q = (y * np.cos(angle) - x * np.sin(angle)) / period
     i, j = np.floor(p), np.floor(q)
@@ -881,7 +879,7 @@ def font(size=26):
 
 def greek(text):
     """`text` as `font` can show it, in one line: where the system has no DejaVu, σ is written sigma."""
-    text = printable(text)
+    text = printable(str(text))
     if "DejaVu" not in font().getname()[0]:
         text = "".join(WORDS.get(c, c) for c in text).encode("latin-1", "replace").decode("latin-1")
     return text
@@ -1014,9 +1012,9 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
     named = "{:.6g}".format
     left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
     right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
-    colors = [m.color or COLORS[k % len(COLORS)] for k, m in enumerate(marks)]
-    legend = [(greek(m.label), c) for m, c in zip(marks, colors) if m.label]   # above the frame, in columns
-    need = max([60 + text.getlength(label) for label, _ in legend], default=1)
+    marks = [m._replace(color=m.color or COLORS[k % len(COLORS)]) for k, m in enumerate(marks)]
+    legend = [m for m in marks if m.label]                 # above the frame, in columns
+    need = max([60 + text.getlength(greek(m.label)) for m in legend], default=1)
     columns = max(1, int((right + 28 - left) / need))
     top = 8 + int(1.4 * em) * (bool(title) + math.ceil(len(legend) / columns))
 
@@ -1033,14 +1031,14 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
         place = min(place, w - 2 - text.getlength(named(v)) / 2)
         pen.text((place, bottom + 8), named(v), "black", text, anchor="ma")
     inside = sheet.copy()                                  # marks are cut off at the frame
-    for mark, color in zip(marks, colors):
-        mark.draw(ImageDraw.Draw(inside, "RGBA"), at, color)
+    for mark in marks:
+        mark.draw(ImageDraw.Draw(inside, "RGBA"), at, mark.color)
     sheet.paste(inside.crop((left, top, right, bottom)), (left, top))
     pen.rectangle([left, top, right, bottom], outline="#444444", width=2)
-    for k, (label, color) in enumerate(legend):
+    for k, mark in enumerate(legend):
         x, y = left + k % columns * need, 8 + 1.4 * em * (bool(title) + k // columns + 0.45)
-        pen.rectangle([x, y - em / 3, x + 24, y + em / 3], color)
-        pen.text((x + 32, y), label, "black", text, anchor="lm")
+        pen.rectangle([x, y - em / 3, x + 24, y + em / 3], mark.color)
+        pen.text((x + 32, y), greek(mark.label), "black", text, anchor="lm")
     pen.text(((left + right) / 2, 4), greek(title), "black", text, anchor="ma")
     pen.text(((left + right) / 2, h - 4), greek(xlabel), "black", text, anchor="md")
     if ylabel:
@@ -1197,9 +1195,10 @@ def stop_on_signal(stop):
         if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
             signal.signal(number, signal.SIG_DFL)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:          # nohup
-            signal.signal(getattr(signal, name), on_signal)
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
+        number = getattr(signal, name, None)   # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:              # nohup
+            signal.signal(number, on_signal)
 
 
 def main():
