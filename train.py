@@ -8,19 +8,16 @@
 
 It writes ckpt.pt, ckpt.jsonl (the curve) and ckpt.png (held-out pictures, denoised) at every evaluation.
 """
-import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import signal
-import sys
 import time
 import warnings
-from collections import deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +38,7 @@ from torch import nn
 def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
     """The clean and noisy pictures of one global batch: x, y = x + σz (B, C, H, W), sigma (B, 1, 1, 1).
 
-    A function of (seed, step) only, so that a resumed run, another micro-batch or another number of processes
-    sees the same noise. Every process draws the whole batch's noise and uses its share.
+    A function of (seed, step) only, whatever the micro-batch, and on every process, which uses its share.
     """
     x = to_batch(pictures_x[rows], device)
     generator = seeded(device, seed, 1, step)
@@ -72,23 +68,21 @@ def accumulate_gradient(model, x, y, batch, micro_batch, precision="fp32", stop=
 
 
 def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False, **options):
-    """One step of Adam on Eq. 1: its loss (the mean over the batch, in pixels²), None if it was cut short.
+    """One step of Adam on Eq. 1, the same on all processes: its loss (a picture's mean, in pixels²).
 
-    x, y: this process's share of the batch; all processes take the same step. options: as for
-    `accumulate_gradient`. Raises FloatingPointError if the loss is not finite.
+    x, y: this process's share of the batch. None, and no step, if `stop` cut it short. options: as above.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradient(model, x, y, batch, micro_batch, **options)
     total, cut = over_processes([loss.sum().item(), len(loss) < len(x)], x.device)
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss of {(~loss.isfinite()).sum()} pictures is not finite")
     if cut:
         return None
-    sum_gradients(model)
+    for p in model.parameters() if dist.is_initialized() else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad             # a share may be empty
+        dist.all_reduce(p.grad)
     centralise(model)
-    if skips_closed:
-        for weight in skip_weights(model):
-            weight.grad[:, :weight.shape[0]] = 0
+    for weight in skip_weights(model) if skips_closed else ():
+        weight.grad[:, :weight.shape[0]] = 0
     optimizer.step()
     return total / batch
 
@@ -98,9 +92,8 @@ def centralise(model):
     """Take from the gradient of each 3×3 filter its mean, (1, c_in, 3, 3) -> scalar (Yong et al. 2020).
 
     M's inputs are not negative, so a filter whose weights all move the same way moves its channel up or down
-    for every picture alike; Adam makes that step as large as any other, and LayerNorm, which has no mean over
-    pictures, cannot take it out. Without this line a part of M's channels is on or off for all pictures after
-    ten steps at width 16, after three at width 64; their gradient is then 0 for good (README).
+    for every picture alike, as fast as Adam can, and LayerNorm cannot take that out. Without this line a part
+    of M's channels is on or off for all pictures after three to ten steps, and then for good (README).
     """
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d):
@@ -114,7 +107,7 @@ def skip_weights(model):
 
 def warm_up(epochs=None):
     """The part of a run in which Adam's step grows and the skips are closed: a tenth; of the paper's, 1 %."""
-    return 0.01 if epochs is not None and epochs >= 1000 else 0.1
+    return 0.01 if (epochs or 0) >= 1000 else 0.1
 
 
 def learning_rate(fraction, epochs=None):
@@ -124,52 +117,39 @@ def learning_rate(fraction, epochs=None):
     a linear fall to 0. epochs: the length of the run, None if only its minutes are known.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
-    if epochs is not None and epochs >= 1000:
+    if (epochs or 0) >= 1000:
         return rate * 0.5 ** min(9, int(10 * fraction))
     return rate * max(0, 1 - fraction)
 
 
 @torch.no_grad()
 def initialise(model, y, mean):
-    """The start of the network: one data-dependent pass, skips at 0, and x̂ at the mean colour.
+    """The start of the network, in place: one data-dependent pass, skips at 0, and x̂ at the mean colour.
 
     y: (N, C, H, W), noisy: each channel of each LayerNorm and of each up-convolution gets mean 0 and variance
     1 over it. mean: (C,). With PyTorch's own start all channels of M are almost alike, and φ is a constant.
-
-    The decoder's weights on the skips start at 0 and stay there during the warm-up: the network can then
-    denoise only through M, as an auto-encoder would, and learns to put the picture's gist there; then the
-    skips open for the detail. With open skips it never finds a reason to use M (README).
-
-    The output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
+    The decoder's weights on the skips stay at 0 during the warm-up: the network can then denoise only through
+    M and learns to put the picture's gist there; with open skips it never finds a reason to (README). The
+    output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
     steps: 300 steps of 32 photos then gave 21.9 dB at σ = 0.1, and 19.8 dB without.
     """
-    def whiten_norm(norm, inputs, _):
-        a = F.group_norm(inputs[0], 1, eps=norm.eps)
-        norm.weight.copy_(1 / a.std((0, 2, 3)).clamp_min(1e-3))
-        norm.bias.copy_(-a.mean((0, 2, 3)) * norm.weight)
-        return F.group_norm(inputs[0], 1, norm.weight, norm.bias, norm.eps)
-
-    def whiten_up(conv, _, out):
+    def whiten(module, inputs, out):           # a forward hook: what it returns is the module's output
         scale, mu = 1 / out.std((0, 2, 3)).clamp_min(1e-3), out.mean((0, 2, 3))
-        conv.weight.mul_(scale.view(1, -1, 1, 1))
-        conv.bias.copy_((conv.bias - mu) * scale)
-        return (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+        module.weight.mul_(scale if module.weight.ndim == 1 else scale.view(1, -1, 1, 1))
+        module.bias.copy_((module.bias - mu) * scale)
+        return module.forward(*inputs) if isinstance(module, nn.GroupNorm) else (
+            (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1))
 
     for weight in skip_weights(model):
         weight[:, :weight.shape[0]] = 0
-    run_hooked(model, y, {nn.GroupNorm: whiten_norm, nn.ConvTranspose2d: whiten_up})
+    hooks = [module.register_forward_hook(whiten) for module in model.modules()
+             if isinstance(module, (nn.GroupNorm, nn.ConvTranspose2d))]
+    model(y)
+    for hook in hooks:
+        hook.remove()
     last = model.blocks["D1"][-1]
     last.weight.zero_()
     last.bias.copy_(torch.as_tensor(mean))
-
-
-def run_hooked(model, y, hooks):
-    """model(y), once, with a forward hook for each module of the given types, {type: hook}."""
-    with contextlib.ExitStack() as handles:                # taken off again at its end
-        for m in model.modules():
-            if type(m) in hooks:
-                handles.enter_context(m.register_forward_hook(hooks[type(m)]))
-        model(y)
 
 
 # Training: the loop
@@ -180,8 +160,8 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
 
     flags: what defines the run, as `complete_flags` returns it. resume: a checkpoint's dict to go on from.
     save_every: seconds between evaluations, each with a save. stop: asked between micro-batches; the run then
-    saves and returns. Raises UserError for unusable data, a loss that is not finite, and a checkpoint that
-    cannot be written. ready: called once the pictures are read.
+    saves and returns. ready: called once the pictures are read. Raises UserError for unusable data, a loss
+    that is not finite, and a checkpoint that cannot be written.
     """
     run = Run(flags, out, torch.device(device), resume, micro_batch, compiled)
     ready()
@@ -189,14 +169,13 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
     stopped, losses, saved_at, failure = False, [], time.monotonic(), None
     while run.fraction() < 1 and not stopped:
         x, y, sigma = run.next_batch()
-        try:
-            loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
-                                 skips_closed=run.skips_closed(), precision=flags["precision"],
-                                 stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
-        except FloatingPointError as error:
-            raise UserError(f"step {run.step}, σ up to {sigma.max():.2f}: {error}; the last save of {out} is "
-                            f"as it was. Try another --seed or fp32") from None
+        loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
+                             skips_closed=run.skips_closed(), precision=flags["precision"],
+                             stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
         if loss is not None:                   # a step cut short is dropped, and done again on --resume
+            if not math.isfinite(loss):
+                raise UserError(f"step {run.step}, σ up to {sigma.max():.2f}: the loss is not finite; the "
+                                f"last save of {out} is as it was. Try another --seed or fp32")
             run.step += 1
             losses.append(loss)
         # all processes take the latest clock for theirs, and stop if one of them is to
@@ -217,7 +196,7 @@ class Run:
     step: steps of Adam done; seconds(): time spent, over all sessions; fraction(): of the budget, in [0, 1].
     """
 
-    def __init__(self, flags, out, device, resume=None, micro_batch=None, compiled=False):
+    def __init__(self, flags, out, device, resume, micro_batch, compiled):
         self.flags, self.out, self.device, seed = flags, out, device, flags["seed"]
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.pictures, self.rows, held_out = training_data(flags)
@@ -230,15 +209,15 @@ class Run:
         self.step, elapsed, self.summary, self.curve = 0, 0.0, {}, []
         if resume:
             self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
+            self.curve = list(resume.get("curve", []))
             self.model.load_state_dict(resume["weights"])
             self.optimizer.load_state_dict(resume["optimizer"])
-            self.curve = read_curve(beside(out, ".jsonl"), self.step)
         else:
             first = batch_rows(self.rows, 0, min(flags["batch"], 64), seed)
             _, y, _ = noisy_batch(self.pictures.x, first, 0, seed, flags["sigma_max"], device)
             initialise(self.model, y, self.mean)
-            classes = len(self.pictures.classes) > 1       # without, there is nothing to compare with later
-            self.summary = dict(agreement_untrained=self.code_quality()["agreement"] if classes else None)
+            several = len(self.pictures.classes) > 1
+            self.summary["agreement_untrained"] = self.code_quality()["agreement"] if several else None
         for p in self.model.parameters() if self.world > 1 else ():
             dist.broadcast(p.data, 0)
         if compiled:
@@ -254,8 +233,8 @@ class Run:
     def seconds(self):
         return time.monotonic() - self.began
 
-    def fraction(self):
-        return min(1.0, max(self.step / self.total, self.seconds() / self.limit))
+    def fraction(self, part=0):
+        return min(1.0, max((self.step + part) / self.total, self.seconds() / self.limit))
 
     def rate(self):
         """Pictures a second, of this session."""
@@ -268,8 +247,7 @@ class Run:
 
     def next_batch(self):
         """x, y, sigma of this process's share of the next batch; Adam's rate is set for it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.fraction(), self.epochs)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.fraction(), self.epochs)
         batch, seed, sigma_max = (self.flags[k] for k in ("batch", "seed", "sigma_max"))
         rows = batch_rows(self.rows, self.step, batch, seed)
         share = slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
@@ -277,18 +255,18 @@ class Run:
 
     def show(self, done):
         """Status line after `done` of this process's share of a step."""
-        found, text = self.summary, f"{peak_memory(self.device):.1f} GiB"
+        found, text = self.summary, f"{self.rate():.0f}/s"
         if "psnr" in found:
             psnr = " ".join(f"{v:.1f}" for sigma, v in found["psnr"].items() if sigma in (0.1, 0.5))
-            text = f"PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
-        step = self.step + done / self.flags["batch"] * self.world
-        self.progress(max(step / self.total, self.seconds() / self.limit), f"{self.rate():.0f}/s  {text}")
+            text += f"  PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
+        self.progress(self.fraction(done / self.flags["batch"] * self.world), text)
 
     def code_quality(self):
         """Spread and class agreement of φ, of training pictures too: few held-out *files* make many tiles."""
         rows = np.concatenate([self.held_out[:500], self.rows[epoch_order(len(self.rows), 0, 0)[:1000]]])
         v = code(self.model, to_batch(self.pictures.x[rows], self.device), 2)
-        return dict(spread(v), agreement=class_agreement(v, self.pictures.labels[rows]))
+        share = float(own_class(v, self.pictures.labels[rows]).mean())
+        return dict(spread(v), agreement=None if math.isnan(share) else share)
 
     def measure(self):
         """Held-out PSNR, the use of M, and what φ is worth: a dict for the curve."""
@@ -301,36 +279,33 @@ class Run:
     def save(self, losses, measured=True):
         """Write the checkpoint, the curve and the picture; with `measured`, evaluate first.
 
-        Returns the UserError, which it has said, if they cannot be written: there may be room next time.
+        Returns the UserError, already said, if they cannot be written: there may be room next time.
         """
         if self.rank:
             return None
         model, flags, seen = self.model, self.flags, self.step * self.flags["batch"]
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"the weights are not finite after step {self.step}; {self.out} is as it was")
-        self.summary = {
-            **self.summary, **(self.measure() if measured else {}), "step": self.step,
-            "epoch": seen / len(self.rows), "pictures_seen": seen,
-            "loss": float(np.mean(losses)) if losses else None,
-            "lr": self.optimizer.param_groups[0]["lr"], "minutes": self.seconds() / 60,
-            "images_per_second": self.rate(), "memory_gib": peak_memory(self.device),
-            "training_pictures": len(self.rows), "device": str(self.device)}
+        self.summary = self.summary | (self.measure() if measured else {}) | dict(
+            step=self.step, epoch=seen / len(self.rows), pictures_seen=seen,
+            loss=float(np.mean(losses)) if losses else None, lr=self.optimizer.param_groups[0]["lr"],
+            minutes=self.seconds() / 60, images_per_second=self.rate(),
+            training_pictures=len(self.rows), device=str(self.device))
         self.curve += [self.summary] if measured else []
-        checkpoint = dict(
+        buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
+        torch.save(dict(
             format=FORMAT, model={k: flags[k] for k in ("width", "channels", "levels")}, mean=self.mean,
             weights=model.state_dict(), optimizer=self.optimizer.state_dict(), size=flags["size"],
             sigma_max=flags["sigma_max"], flags=flags, step=self.step, elapsed=self.seconds(),
-            fingerprint=self.pictures.fingerprint, training=self.summary)
-        buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
-        torch.save(checkpoint, buffer)
+            fingerprint=self.pictures.fingerprint, training=self.summary, curve=self.curve), buffer)
         try:
             with write(self.out) as file:
                 file.write(buffer.getbuffer())
-            with write(beside(self.out, ".jsonl")) as file:
+            with write(self.out[:-3] + ".jsonl") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in self.curve).encode())
             if measured:
                 x = to_batch(self.pictures.x[self.held_out[:8]], self.device)
-                with write(beside(self.out, ".png")) as file:
+                with write(self.out[:-3] + ".png") as file:
                     draw_evaluation(model, x, self.curve).save(file, "png")
         except UserError as error:
             say(str(error))
@@ -339,40 +314,38 @@ class Run:
 
 def describe(run):
     """Say at the start what will be done, with what."""
-    flags, model, sees = run.flags, run.model, receptive_field(run.model.levels)
+    flags, sees, skipped = run.flags, receptive_field(run.model.levels), run.pictures.skipped
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     budget = " or ".join(f"{flags[name]:,g} {name}" for name in BUDGETS if flags[name])
     say(f"device        {run.device}, {run.world} process{'es' * (run.world > 1)}, {flags['precision']}")
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"network       width {model.width}, {model.levels} levels, {parameters:.2f} M parameters; M sees "
-        f"{sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
+    say(f"network       width {flags['width']}, {flags['levels']} levels, {parameters:.2f} M parameters; M "
+        f"sees {sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
     say(f"pictures      {len(run.rows)} to train on, {len(run.held_out)} held out, {flags['size']}×"
-        f"{flags['size']}×{model.channels}, {len(run.pictures.classes)} classes, "
-        f"{len(run.pictures.skipped)} files skipped")
-    for line in run.pictures.skipped[:3]:
-        say(f"  skipped     {line}")
-    say(f"batch         {flags['batch']} in micro-batches of {run.micro}")
-    say(f"run           {budget}" + f", resumed at step {run.step}" * bool(run.step))
+        f"{flags['size']}×{flags['channels']}, {len(run.pictures.classes)} classes")
+    if skipped:
+        say(f"skipped       {len(skipped)} files: {'; '.join(skipped[:3])}")
+    say(f"run           {budget}, batch {flags['batch']} in micro-batches of {run.micro}"
+        + f", resumed at step {run.step}" * bool(run.step))
 
 
 def conclude(run):
     """Say at the end how it went and what comes next; True if the run is complete."""
-    complete, out, found, spent = run.fraction() >= 1, run.out, run.summary, duration(run.seconds())
+    complete, out, found = run.fraction() >= 1, run.out, run.summary
+    done = f"{run.step} steps, {run.step * run.flags['batch']:,} pictures, {duration(run.seconds())}"
     if run.step == run.first and complete:
-        say(f"{out}: already complete ({run.step} steps, {spent}); a larger --pictures, --epochs or "
-            f"--minutes makes it longer")
+        say(f"{out}: already complete ({done}); a larger --pictures, --epochs or --minutes makes it longer")
         return True
-    say(f"{'complete' if complete else 'stopped'} after {run.step} steps, "
-        f"{run.step * run.flags['batch']:,} pictures, {spent}")
+    say(f"{'complete' if complete else 'stopped'} after {done}")
     if "psnr" in found:
         psnr, use = (", ".join(f"{v:.2f} dB (σ {s:g})" for s, v in found[k].items()) for k in ("psnr", "use"))
-        labelled = "" if found["agreement"] is None else (
-            f"; class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
         say(f"held-out PSNR {psnr}")
         say(f"use of M      {use}; cosine of φ between pictures {found['cosine']:.2f}, "
-            f"{found['silent']} channels silent{labelled}")
-    say(f"wrote {out}, {beside(out, '.jsonl')}, {beside(out, '.png')}")
-    say(f"next: python sample.py {out}; python analyze.py {out}" if complete else
-        f"go on with: python train.py --out {out} --resume")
+            f"{found['silent']} channels silent")
+        if found["agreement"] is not None:
+            say(f"class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
+    say(f"wrote {out}, {out[:-3]}.jsonl, {out[:-3]}.png; " + (
+        f"next: python sample.py {out}; python analyze.py {out}" if complete else
+        f"go on with: python train.py --out {out} --resume"))
     return complete
 
 
@@ -380,44 +353,6 @@ def new_network(flags, device):
     """A network for these flags, and its optimiser."""
     model = UNet(flags["width"], flags["channels"], flags["levels"]).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
-
-
-def beside(out, suffix):
-    """ckpt.pt -> ckpt.jsonl, ckpt.png: what stands beside the checkpoint."""
-    return str(Path(out).with_suffix(suffix))
-
-
-def read_curve(path, step):
-    """The records of a .jsonl up to `step`, σ as numbers again; none if it is gone."""
-    numbers = lambda record: {float(k) if k[0].isdigit() else k: v for k, v in record.items()}
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-        records = [json.loads(line, object_hook=numbers) for line in lines]
-        return [record for record in records if record["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-@contextlib.contextmanager
-def only_run(out):
-    """A lock beside the checkpoint: UserError if another run on this machine is writing it."""
-    path = f"{os.path.realpath(out)}.lock"
-    with open(path, "a+") as file:
-        try:
-            import fcntl                       # its locks end with the process, however that ends
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                    # Windows: no lock
-            pass
-        except OSError:
-            file.seek(0)
-            raise UserError(f"--out {out}: process {file.read().strip()} is training it now") from None
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path)
 
 
 @functools.lru_cache(maxsize=2)
@@ -448,27 +383,6 @@ def over_processes(numbers, device, op=dist.ReduceOp.SUM):
     return numbers.tolist()
 
 
-def sum_gradients(model):
-    """Sum the gradients over all processes, in place and in one message."""
-    if dist.is_initialized():
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for p, g, part in zip(model.parameters(), grads, flat.split([g.numel() for g in grads])):
-            p.grad = g.copy_(part.view_as(g))
-
-
-def peak_memory(device):
-    """Peak memory in GiB: resident on a CPU, allocated on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if sys.platform == "win32":
-        return math.nan                        # no `resource` there, and no other way to ask
-    import resource
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20            # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def fitting_micro_batch(flags, device):
     """Pictures whose activations fit: 256 MiB on a CPU (more is no faster), half of a GPU's free memory."""
     width, levels, size = flags["width"], flags["levels"], flags["size"]
@@ -485,25 +399,22 @@ SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
 
 
 @torch.no_grad()
-def held_out_psnr(model, x, sigma, micro_batch=128, precision="fp32", swap_M=False):
-    """10 log₁₀(1 / mean squared error) of x̂(x + σz), in dB, always with the same z; x: (N, C, H, W).
+def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32", sigmas=SIGMAS, swap_M=False):
+    """Held-out PSNR at each σ ≤ sigma_max, {σ: 10 log₁₀(1 / mean squared error of x̂(x + σz)), in dB}.
 
-    swap_M: every picture's M-maps are those of another, the one before it (for N = 1 its own).
+    x: (N, C, H, W); z is always the same. swap_M: every picture's M-maps are those of the one before it.
     """
-    generator, error = seeded(x.device, 3, round(1000 * sigma)), 0.0
-    for clean in x.tensor_split(math.ceil(len(x) / max(2, micro_batch))):
-        y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            maps, skips = model.encode(y)
-            x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
-        error += (x_hat.float() - clean).square().sum().item()
-    return -10 * math.log10(max(error, 1e-30) / x.numel())
-
-
-def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32"):
-    """Held-out PSNR at each σ that training has seen, {σ: dB}; arguments as for `held_out_psnr`."""
-    seen = [s for s in SIGMAS if s <= sigma_max] or [sigma_max]
-    return {sigma: held_out_psnr(model, x, sigma, micro_batch, precision) for sigma in seen}
+    psnr = {}
+    for sigma in [s for s in sigmas if s <= sigma_max] or [sigma_max]:
+        generator, error = seeded(x.device, 3, round(1000 * sigma)), 0.0
+        for clean in x.tensor_split(math.ceil(len(x) / max(2, micro_batch))):
+            y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                maps, skips = model.encode(y)
+                x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
+            error += (x_hat.float() - clean).square().sum().item()
+        psnr[sigma] = -10 * math.log10(max(error, 1e-30) / x.numel())
+    return psnr
 
 
 def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
@@ -511,8 +422,8 @@ def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
 
     0: the decoder does not listen to M, and φ, whatever it says about pictures, is not what denoises them.
     """
-    return {sigma: held_out_psnr(model, x, sigma, **options)
-            - held_out_psnr(model, x, sigma, swap_M=True, **options) for sigma in sigmas}
+    own, swapped = (evaluate(model, x, sigmas=sigmas, swap_M=swap, **options) for swap in (False, True))
+    return {sigma: own[sigma] - swapped[sigma] for sigma in own}
 
 
 def code(model, x, draws=20):
@@ -542,20 +453,14 @@ def nearest(code, queries, k):
 
 
 def own_class(code, labels, k=10):
-    """Share of the k nearest that are of the picture's own class, one value for each picture that has one.
+    """Share of the k nearest that are of a picture's own class, a value for each that has one, or one NaN.
 
-    code: (N, d); labels: (N,), −1 for no class. [NaN] without two classes.
+    code: (N, d); labels: (N,), −1 for no class.
     """
     code, labels = code[labels >= 0], labels[labels >= 0]
     if len(set(labels)) < 2:
         return np.array([math.nan])
     return (labels[nearest(code, np.arange(len(labels)), k)] == labels[:, None]).mean(1)
-
-
-def class_agreement(code, labels, k=10):
-    """The mean of `own_class`, for the curve; None without two classes."""
-    share = float(own_class(code, labels, k).mean())
-    return None if math.isnan(share) else share
 
 
 # A.2, Pictures
@@ -577,30 +482,32 @@ class Pictures(NamedTuple):
 def load_pictures(data=None, size=64, channels=3, patches=False):
     """Read a data set: a folder, a .npy/.npz file, "disc", "calpha:A", or None for the built-in pictures.
 
-    x is (N, size, size, channels). Raises UserError when nothing is usable, and says what was looked for.
+    x is (N, size, size, channels). UserError if nothing is usable.
     """
     if is_synthetic(data):
         x, labels, classes = builtin_pictures(20_000, size, channels, data)
         paths, source, skipped = [f"{data or 'built-in'}#{i}" for i in range(len(x))], np.arange(len(x)), []
     else:
-        parts, sources, skipped, names, kinds = deque(), [], [], [], []
-        files = list_files(data, EXTENSIONS)
-        inside = [Path(f).relative_to(data).parts[:-1] for f in files]
-        folder = files, files, [p[0] if p else None for p in inside]           # class: the first sub-folder
-        for items, their_names, their_kinds in [folder] if files else arrays(data):
-            part, source, unusable = decode(items, their_names, size, channels, patches)
-            parts.append(part)
-            sources.append(source + len(names))
-            skipped, names, kinds = skipped + unusable, names + their_names, kinds + their_kinds
-        x, source = joined(parts), np.concatenate(sources)
+        parts, counts, names, kinds, skipped = deque(), [], [], [], []
+        for items, item_names, item_kinds in read(data):
+            for tiles, count, unusable in decode(items, item_names, size, channels, patches):
+                parts.append(tiles)
+                counts += count
+                skipped += unusable
+            names, kinds = names + item_names, kinds + item_kinds
+        source, row = np.repeat(np.arange(len(names)), counts), 0
+        x = parts.pop() if len(parts) == 1 else np.empty((len(source), size, size, channels), np.uint8)
+        while parts:                           # each freed once it is copied: the data are never there twice
+            x[row:row + len(parts[0])] = parts[0]
+            row += len(parts.popleft())
         if not len(x):
             raise UserError(f"--data {data}: none of its {len(skipped)} pictures could be used, for instance "
                             + "; ".join(skipped[:3]))
         if patches and not any(kinds):
             kinds = [Path(name).stem for name in names]
         classes = sorted(set(kinds) - {None}, key=lambda c: (len(c) * c.isdigit(), c))     # "10" after "9"
-        number_of = {name: k for k, name in enumerate(classes)}
-        labels = np.array([number_of.get(k, -1) for k in kinds], int)[source]
+        number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+        labels = np.array([number_of[k] for k in kinds])[source]
         tile = np.arange(len(x)) - np.searchsorted(source, source)
         paths = [names[s] + f"#{t}" * patches for s, t in zip(source, tile)]
     hashes, constant = hash_pictures(x)
@@ -613,28 +520,31 @@ def is_synthetic(data):
     return data is None or data == "disc" or data.startswith("calpha:")
 
 
-def arrays(data):
-    """The pictures of a .npy, a .npz, or of each .npz in a folder: yields (N, H, W, C) uint8, names, classes.
+def read(data):
+    """Yields (pictures, their names, their classes or None): of a folder the files, else arrays (N, H, W, C).
 
-    A .npz's pictures are its `data`, or its first uint8 array; the classes its `labels`, else all None.
+    The arrays: of a .npy, a .npz, or each .npz in a folder. A .npz's pictures are its `data`, or its first
+    uint8 array, the classes its `labels`.
     """
     if not os.path.exists(data):
         raise UserError(f"--data {data}: no such file or folder")
+    if files := list_files(data, EXTENSIONS):
+        inside = [Path(f).relative_to(data).parts[:-1] for f in files]
+        yield files, files, [p[0] if p else None for p in inside]              # class: the first sub-folder
+        return
     files = list_files(data, {".npz"}) if os.path.isdir(data) else [data]
     if not files or not files[0].lower().endswith((".npy", ".npz")):
-        raise UserError(f"--data {data}: looked for a folder (searched to any depth) with pictures "
-                        f"({' '.join(sorted(EXTENSIONS))}) or .npz batches, or one .npy or .npz file; found "
-                        f"none")
+        raise UserError(f"--data {data}: looked for a folder with pictures ({' '.join(sorted(EXTENSIONS))}, "
+                        f"at any depth) or .npz batches, or one .npy or .npz file; found none")
     for path in files:
         try:
-            x, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
-            if not isinstance(x, np.ndarray):
-                file, labels = x, x["labels"] if "labels" in x.files else None
-                x = file["data"] if "data" in file.files else next(
-                    (a for a in map(file.get, file.files) if a.dtype == np.uint8 and a.ndim > 1), np.zeros(0))
+            file = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = {"data": file} if isinstance(file, np.ndarray) else dict(file)
         except Exception as error:             # numpy and zipfile raise nearly anything for a damaged file
-            reason = error or type(error).__name__
-            raise UserError(f"{path}: not a whole {path[-4:]} file ({reason})") from None
+            raise UserError(f"{path}: not a whole {path[-4:]} file ({error})") from None
+        x, labels = found.get("data"), found.get("labels")
+        if x is None:
+            x = next((a for a in found.values() if a.dtype == np.uint8 and a.ndim > 1), np.zeros(0))
         side = math.isqrt(x.shape[1] // 3) if x.ndim == 2 else 0
         if side and x.shape[1] == 3 * side * side:         # ImageNet64: all red, all green, all blue
             x = x.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
@@ -643,60 +553,34 @@ def arrays(data):
             raise UserError(f"{path}: pictures must be uint8 of shape (N, H, W), (N, H, W, 1), (N, H, W, 3) "
                             f"or (N, 3·side²); this is {x.dtype} {x.shape}")
         if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(x),)):
-            raise UserError(f"{path}: labels must be {len(x)} integers; these are {labels.dtype} "
-                            f"{labels.shape}")
+            raise UserError(f"{path}: labels must be {len(x)} integers, not {labels.dtype} {labels.shape}")
         kinds = [None] * len(x) if labels is None else [str(v) if v >= 0 else None for v in labels]
         yield x, [f"{path}#{i}" for i in range(len(x))], kinds
 
 
 def decode(items, names, size, channels, patches):
-    """Files, or arrays (H, W, C), in parallel -> (x, source (n,) index of each one's item, skipped)."""
+    """Files, or arrays (H, W, C), in parallel; yields (x, how many come from each item, ["name: reason"])."""
     if isinstance(items, np.ndarray) and items.shape[1:] == (size, size, channels):
-        return items, np.arange(len(items)), []            # a .npy stays on the disk
-    skipped, counts, parts, progress = {}, np.zeros(len(items), int), deque(), Progress()
+        yield items, [1] * len(items), []      # a .npy stays on the disk
+        return
 
-    def read(block):
-        tiles = [np.empty((0, size, size, channels), np.uint8)]
-        for i in block:
+    def some(block):
+        tiles, skipped = [], []
+        for item, name in zip(items[block], names[block]):
             try:
-                with open_picture(items[i]) as image:
+                with (Image.open(item) if isinstance(item, str) else
+                      Image.fromarray(np.repeat(item, 3 // item.shape[2], 2))) as image:
                     tiles.append(to_pixels(image, size, channels, patches))
-                counts[i] = len(tiles[-1])
             except Exception as error:         # damaged files raise nearly anything, by format
-                skipped[i] = f"{names[i]}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        return np.concatenate(tiles)
+                tiles.append(np.empty((0, size, size, channels), np.uint8))
+                skipped.append(f"{name}: {error}")
+        return np.concatenate(tiles), list(map(len, tiles)), skipped
 
-    blocks = [range(i, min(i + 64, len(items))) for i in range(0, len(items), 64)]
-    with without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for tiles in pool.map(read, blocks):
-            parts.append(tiles)
-            progress(len(parts) / len(blocks), "reading pictures")
-    return joined(parts), np.repeat(np.arange(len(items)), counts), [skipped[i] for i in sorted(skipped)]
-
-
-def joined(parts):
-    """The arrays of a deque in one, each freed once it is copied: the data are never there twice."""
-    if len(parts) == 1:
-        return parts.pop()
-    x, row = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.uint8), 0
-    while parts:
-        part = parts.popleft()
-        x[row:row + len(part)] = part
-        row += len(part)
-    return x
-
-
-@contextlib.contextmanager
-def without_warnings():
-    """Damaged pictures are reported by us: silences Python's warnings, and libtiff's, written to stderr."""
-    with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
-        warnings.simplefilter("ignore")
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:   # there may be no stderr at all
-            kept = os.dup(2)
-            afterwards.callback(os.close, kept)
-            afterwards.callback(os.dup2, kept, 2)          # the last one in is the first one out
-            os.dup2(nowhere.fileno(), 2)
-        yield
+    blocks, progress = [slice(i, i + 64) for i in range(0, len(items), 64)], Progress()
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for k, found in enumerate(pool.map(some, blocks)):
+            yield found
+            progress((k + 1) / len(blocks), "reading pictures")
 
 
 def list_files(folder, extensions):
@@ -704,41 +588,29 @@ def list_files(folder, extensions):
     found, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up, or a second link to the same folder
-            folders.clear()
-            continue
+        folders[:] = [] if real in seen else sorted(folders)         # a link may lead back up
+        if real not in seen:
+            found += [os.path.join(root, f) for f in files if os.path.splitext(f)[1].lower() in extensions]
         seen.add(real)
-        folders.sort()                         # of two links to one folder, always the same is followed
-        found += [os.path.join(root, f) for f in files if os.path.splitext(f)[1].lower() in extensions]
     return sorted(found)
-
-
-def open_picture(item):
-    """A PIL image of a file, or of an array (H, W, C)."""
-    if isinstance(item, str):
-        return Image.open(item)
-    return Image.fromarray(np.ascontiguousarray(item.squeeze(-1) if item.shape[-1] == 1 else item))
 
 
 def load_picture(path, size=None, channels=3, patches=False):
     """One picture file -> (H, W, channels) uint8: as in training if `size` is given, else at full resolution.
 
-    As in training: the central square, resized; with `patches` the central tile at full resolution. Raises
-    UserError if the file cannot be read as a picture, or is smaller than a tile.
+    With `patches` the central tile. UserError if it cannot be read as a picture, or is smaller than a tile.
     """
     try:
-        with without_warnings(), Image.open(path) as image:
-            if patches or not size:
-                image = flatten(image, channels)
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if not size:
-                return np.asarray(image).reshape(image.height, image.width, channels)
+                return np.atleast_3d(flatten(image, channels))
             if patches and min(image.size) >= size:
+                image = flatten(image, channels)
                 left, top = ((side - size) // 2 for side in image.size)
                 image = image.crop((left, top, left + size, top + size))
             return to_pixels(image, size, channels, patches)[0]
     except Exception as error:                 # damaged files raise nearly anything, by format
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a picture ({reason})") from None
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def to_pixels(image, size, channels, patches=False):
@@ -750,15 +622,14 @@ def to_pixels(image, size, channels, patches=False):
         image.draft(None, (2 * size, 2 * size))
     image = flatten(image, channels)
     w, h = image.size
-    if patches:
-        if min(w, h) < size:
-            raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
-        down, across = h // size, w // size
-        tiles = np.asarray(image)[:down * size, :across * size].reshape(down, size, across, size, channels)
-        return tiles.swapaxes(1, 2).reshape(-1, size, size, channels)
-    s = min(w, h)
-    box = (w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2
-    return np.asarray(image.resize((size, size), Image.BICUBIC, box=box)).reshape(1, size, size, channels)
+    down, across, s = h // size, w // size, min(w, h)
+    if not patches:
+        box = (w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2
+        return np.asarray(image.resize((size, size), Image.BICUBIC, box=box)).reshape(1, size, size, channels)
+    if s < size:
+        raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
+    tiles = np.asarray(image)[:down * size, :across * size].reshape(down, size, across, size, channels)
+    return tiles.swapaxes(1, 2).reshape(-1, size, size, channels)
 
 
 def flatten(image, channels):
@@ -768,10 +639,11 @@ def flatten(image, channels):
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):             # 16-bit gray; convert("L") would clip it at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB") if channels == 3 else image.convert("RGB").convert("L")
+    image = image.convert("RGB")
+    return image if channels == 3 else image.convert("L")
 
 
 def to_batch(x, device):
@@ -786,21 +658,19 @@ def to_uint8(x):
 
 def hash_pictures(x):
     """(N,) uint64, a hash of each picture's pixels, and (N,) bool: is it of one colour throughout?"""
-    def of(rows):
-        return [(hashlib.blake2b(x[i].tobytes(), digest_size=8).digest(), (x[i] == x[i, 0, 0]).all())
-                for i in rows]
+    def of(picture):
+        data, colour = picture.tobytes(), picture[0, 0].tobytes()
+        return hashlib.blake2b(data, digest_size=8).digest(), data == colour * (len(data) // len(colour))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = pool.map(of, [range(i, min(i + 256, len(x))) for i in range(0, len(x), 256)])
-        digests, constant = zip(*itertools.chain.from_iterable(blocks))
+    digests, constant = zip(*map(of, x))
     return np.frombuffer(b"".join(digests), np.uint64), np.array(constant)
 
 
 def join_groups(source, hashes, constant):
-    """Group of every picture: those cut from one file, and exact duplicates, share one, transitively.
+    """Group of every picture (N,): those cut from one file, and exact duplicates, share one, transitively.
 
-    source: (N,) index of the file; hashes: (N,) uint64; constant: (N,) bool: blank tiles join no files.
-    A group is named by its smallest hash: that depends on the pictures alone, not on their names or order.
+    source: index of the file; hashes: uint64; constant: bool, blank tiles join no files. A group is named by
+    its smallest hash: that depends on the pictures alone, not on their names or order.
     """
     hashes = hashes.copy()
     for h in np.unique(hashes[constant]):                  # each blank one gets a hash of its own
@@ -819,10 +689,10 @@ def join_groups(source, hashes, constant):
 
 
 def split(pictures, val=0.05, seed=0):
-    """Seeded split into (training, held-out) indices; depends only on the pictures and the seed.
+    """Seeded split into (training, held-out) indices, 1 to 2,000; depends on the pictures and the seed alone.
 
-    1 to 2,000 are held out; no group (tiles of one picture, exact duplicates) has members on both sides, and
-    one larger than what is to be held out stays in training. Raises UserError if that leaves none.
+    No group (tiles of one picture, exact duplicates) has members on both sides, and one larger than what is
+    to be held out stays in training. Raises UserError if that leaves none.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
     room = min(max(1, round(val * len(pictures.x))), 2000)
@@ -849,7 +719,7 @@ def group_members(groups, index, seed):
 def training_part(pictures, train, subset=None, limit=None, seed=0):
     """Paper B's training sets: one half of the training rows (no group in both), at most `limit` of them.
 
-    A smaller limit's are among a larger one's. Raises UserError if nothing is left.
+    A smaller limit's are among a larger one's. UserError if nothing is left.
     """
     members = group_members(pictures.groups, train, seed)
     if subset:
@@ -863,9 +733,8 @@ def training_part(pictures, train, subset=None, limit=None, seed=0):
 def training_data(flags):
     """(Pictures, training rows, held-out rows) for the flags of a run. Errors: as `load_pictures`."""
     pictures = load_pictures(flags["data"], flags["size"], flags["channels"], flags["patches"])
-    train_rows, held_out = split(pictures, flags["val"], flags["seed"])
-    train_rows = training_part(pictures, train_rows, flags["subset"], flags["limit"], flags["seed"])
-    return pictures, train_rows, held_out
+    rows, held_out = split(pictures, flags["val"], flags["seed"])
+    return pictures, training_part(pictures, rows, flags["subset"], flags["limit"], flags["seed"]), held_out
 
 
 # Built-in pictures, for a machine without any
@@ -884,8 +753,11 @@ def builtin_pictures(n, size, channels, family=None, seed=0):
     """
     rng = np.random.default_rng(seed)
     if family:
-        draw, alpha = (disc_pictures, []) if family == "disc" else (calpha_pictures, [alpha_of(family)])
-        x = np.concatenate([draw(min(500, n - i), size, rng, *alpha) for i in range(0, n, 500)])
+        alpha = family.partition(":")[2]
+        if family != "disc" and not (alpha.replace(".", "", 1).isdecimal() and 0 < float(alpha) < 100):
+            raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
+        draw, more = (calpha_pictures, [float(alpha)]) if alpha else (disc_pictures, [])
+        x = np.concatenate([draw(min(500, n - i), size, rng, *more) for i in range(0, n, 500)])
         return np.repeat(x, channels, axis=-1), np.full(n, -1), []
     k = len(BUILTIN_CLASSES)
     x = np.empty((n, size, size, channels), np.uint8)
@@ -903,12 +775,6 @@ def builtin_pictures(n, size, channels, family=None, seed=0):
     return x, np.arange(n) % k, BUILTIN_CLASSES
 
 
-def coordinates(size):
-    """x (1, 1, size) and y (1, size, 1) of the pixels' centres, in parts of the side."""
-    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
-    return x, x.transpose(0, 2, 1)
-
-
 def field(name, m, size, rng):
     """m random fields of one class, (m, size, size), low inside its things. Lengths: parts of the side."""
     u = lambda low, high: rng.uniform(low, high, (m, 1, 1)).astype(np.float32)
@@ -918,7 +784,8 @@ def field(name, m, size, rng):
         white = np.fft.rfft2(rng.standard_normal((m, size, size), np.float32))
         noise = np.fft.irfft2(white * np.exp(-((k - middle) / width) ** 2), s=(size, size))
         return noise / noise.std((1, 2), keepdims=True)
-    x, y = coordinates(size)
+    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]      # the pixels' centres
+    y = x.transpose(0, 2, 1)
     from_point = lambda: np.sqrt((x - u(-0.1, 1.1)) ** 2 + (y - u(-0.1, 1.1)) ** 2)
     f = second = np.full((m, size, size), 9, np.float32)
     for _ in range({"lines": 12, "circles": 12, "dead leaves": 30, "cells": 24, "mosaic": 30}[name]):
@@ -928,8 +795,7 @@ def field(name, m, size, rng):
         elif name == "circles":
             f = np.minimum(f, np.abs(from_point() - u(0.08, 0.2)))
         elif name == "dead leaves":                        # dark and light discs, each over the earlier ones
-            f = np.minimum(f, from_point() - u(0.05, 0.12))
-            f = np.maximum(f, u(0.05, 0.12) - from_point())
+            f = np.maximum(np.minimum(f, from_point() - u(0.05, 0.12)), u(0.05, 0.12) - from_point())
         elif name == "cells":                              # walls between the nearest two of random points
             d = from_point()
             f, second = np.minimum(f, d), np.minimum(second, np.maximum(f, d))
@@ -942,9 +808,9 @@ def lattice(name, m, size, rng):
     """As `field`: one thing in each cell of a lattice, shifted and turned; s, t are its own coordinates."""
     u = lambda low, high, *shape: rng.uniform(low, high, (m, *(shape or (1, 1)))).astype(np.float32)
     wave = lambda t: np.abs(t - np.round(t))               # distance to the next integer, ≤ 0.5
-    x, y = coordinates(size)
+    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
     angle, period = u(0, 2 * np.pi), u(0.24, 0.36) * (1.6 if name in ("rings", "stars", "parquet") else 1)
-    x, y = x - u(0, 1), y - u(0, 1)
+    x, y = x - u(0, 1), x.transpose(0, 2, 1) - u(0, 1)
     p = (x * np.cos(angle) + y * np.sin(angle)) / period
     q = (y * np.cos(angle) - x * np.sin(angle)) / period
     i, j = np.floor(p), np.floor(q)
@@ -960,14 +826,6 @@ def lattice(name, m, size, rng):
         rings=lambda: wave(u(2.6, 3.2) * np.sqrt(s ** 2 + t ** 2)),
         stars=lambda: np.hypot(s, t) * wave(7 * np.arctan2(t, s) / (2 * np.pi)),
         parquet=lambda: wave(2.2 * t))[name]()
-
-
-def alpha_of(family):
-    """A of "calpha:A"."""
-    with contextlib.suppress(ValueError):
-        if 0 < (alpha := float(family.split(":")[1])) < 100:
-            return alpha
-    raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
 
 
 def disc_pictures(m, size, rng):
@@ -1010,9 +868,8 @@ def calpha_pictures(m, size, rng, alpha):
 
 BLUE, RED, GREEN, ORANGE, GRAY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"     # Okabe and Ito
 COLORS = BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31"
-WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|",
-         "²": "^2", "₁": "_1", "₂": "_2", "−": "-", "±": "+-", "–": "-", "→": "->", "≥": ">=", "≤": "<=",
-         "×": "x", "ā": "a", "…": "...", "≈": "~", "·": "*", "°": " deg", "\u0302": ""}
+WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|", "₁": "1",
+         "₂": "2", "−": "-", "–": "-", "→": "->", "≥": ">=", "≤": "<=", "…": "...", "≈": "~", "\u0302": ""}
 
 
 @functools.lru_cache
@@ -1034,7 +891,7 @@ def greek(text):
 
 def to_image(x, side=None):
     """(C, H, W) in [0, 1] -> a PIL RGB image, enlarged without smoothing to about `side` pixels."""
-    image = open_picture(to_uint8(x.float().cpu().permute(1, 2, 0).numpy())).convert("RGB")
+    image = Image.fromarray(to_uint8(x.float().cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()))
     scale = max(1, round((side or image.width) / image.width))
     return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
 
@@ -1042,71 +899,59 @@ def to_image(x, side=None):
 def grid(images, columns, gap=8):
     """PIL images of any size on one white sheet, so many in a row, top-aligned."""
     rows = [images[i:i + columns] for i in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) + gap for row in rows]
     width = max(sum(image.width + gap for image in row) for row in rows) - gap
-    height = sum(max(image.height for image in row) + gap for row in rows) - gap
-    sheet, y = Image.new("RGB", (width, height), "white"), 0
-    for row in rows:
+    sheet, y = Image.new("RGB", (width, sum(heights) - gap), "white"), 0
+    for row, height in zip(rows, heights):
         x = 0
         for image in row:
             sheet.paste(image, (x, y))
             x += image.width + gap
-        y += max(image.height for image in row) + gap
+        y += height
     return sheet
 
 
 def caption(text, size=26, width=1600):
     """Text on white, `width` pixels wide, in as many lines as it needs."""
-    lines, pen = [""], font(size)
-    for word in greek(text).split(" "):
+    words, pen = greek(text).split(" "), font(size)
+    lines = words[:1]
+    for word in words[1:]:
         fits = pen.getlength(f"{lines[-1]} {word}") <= width - 12
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if fits or not lines[-1] else [*lines, word]
+        lines[-1:] = [f"{lines[-1]} {word}"] if fits else [lines[-1], word]
     image = Image.new("RGB", (width, int((1.3 * len(lines) + 0.3) * size)), "white")
     for k, line in enumerate(lines):
         ImageDraw.Draw(image).text((6, int((1.3 * k + 0.2) * size)), line, "black", pen)
     return image
 
 
-def picture_rows(rows, title="", side=96, gap=4):
+def picture_rows(rows, side=96, gap=4):
     """Rows of pictures with a name in front of each: rows is [(name, x (N, C, H, W))]. A PIL image."""
     left = 20 + int(max(font().getlength(greek(name)) for name, _ in rows))
-    lines = [grid([caption(name, width=left), *[to_image(picture, side) for picture in x]], len(x) + 1, gap)
-             for name, x in rows]
-    head = [caption(title, width=max(line.width for line in lines))] if title else []
-    return grid(head + lines, 1, gap)
+    return grid([grid([caption(name, width=left), *(to_image(picture, side) for picture in x)],
+                      len(x) + 1, gap) for name, x in rows], 1, gap)
 
 
-class Mark(NamedTuple):
-    """What `plot` draws: its points, which set the ranges, and draw(pen, px, py, color) in pixels."""
-    label: str
-    color: str
-    x: np.ndarray
-    y: np.ndarray
-    draw: callable
-    histogram: bool = False
+# what `plot` draws: x and y set its ranges; draw(pen, at, color) asks at(x, y) for the points in pixels
+Mark = namedtuple("Mark", "label color x y draw histogram", defaults=[False])
 
 
 def line(x, y, label=None, color=None, points=False, band=None, width=5):
     """A polyline, with discs at its points if `points`; band: (low, high), shaded. NaN leaves a point out."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-
-    def draw(pen, px, py, color):
+    def draw(pen, at, color):
         if band is not None:
-            low, high = ([*zip(px(x), py(b))] for b in band)
-            pen.polygon(low + high[::-1], color + "38")
-        at = [p for p in zip(px(x), py(y)) if all(map(math.isfinite, p))]
-        pen.line(at, color, width, joint="curve")
-        for a, b in at if points else ():
+            pen.polygon(at(x, band[0]) + at(x, band[1])[::-1], color + "38")
+        pen.line(at(x, y), color, width, joint="curve")
+        for a, b in at(x, y) if points else ():
             pen.ellipse([a - 8, b - 8, a + 8, b + 8], color, "#ffffff")
     return Mark(label, color, x, y if band is None else np.concatenate([y, *band]), draw)
 
 
 def dots(x, y, label=None, color=None, radius=5):
     """Discs at the points."""
-    def draw(pen, px, py, color):
-        for a, b in zip(px(x), py(y)):
-            if math.isfinite(a) and math.isfinite(b):
-                pen.ellipse([a - radius, b - radius, a + radius, b + radius], color + "b0", "#ffffff")
-    return Mark(label, color, np.asarray(x, float), np.asarray(y, float), draw)
+    def draw(pen, at, color):
+        for a, b in at(x, y):
+            pen.ellipse([a - radius, b - radius, a + radius, b + radius], color + "b0", "#ffffff")
+    return Mark(label, color, x, y, draw)
 
 
 def bars(values, bins, span=None, label=None, color=None):
@@ -1114,19 +959,19 @@ def bars(values, bins, span=None, label=None, color=None):
     values = np.asarray(values, float)
     counts, edges = np.histogram(values[np.isfinite(values)], bins, span or limits(values))
 
-    def draw(pen, px, py, color):
-        for a, b, n, top in zip(px(edges), px(edges[1:]), counts, py(counts)):
+    def draw(pen, at, color):
+        for corner, opposite, n in zip(at(edges[:-1], counts), at(edges[1:], 0 * counts), counts):
             if n:
-                pen.rectangle([a, top, b, py([0])[0]], color + "90", color)
-    return Mark(label, color, edges, np.array([0, max(1, 1.08 * counts.max())]), draw, True)
+                pen.rectangle([corner, opposite], color + "90", color)
+    return Mark(label, color, edges, [0, max(1, 1.08 * counts.max())], draw, True)
 
 
 def rule(x=None, y=None, label=None, color=GRAY):
     """A line across the whole plot, vertical at x or horizontal at y."""
-    def draw(pen, px, py, color):
-        (w, h), at = pen.im.size, px([x])[0] if y is None else py([y])[0]
-        pen.line([at, 0, at, h] if y is None else [0, at, w, at], color, 3)
-    return Mark(label, color, np.array([x] if y is None else []), np.array([] if y is None else [y]), draw)
+    def draw(pen, at, color):
+        (a, b), = at([1 if x is None else x], [1 if y is None else y])
+        pen.line([a, 0, a, pen.im.size[1]] if y is None else [0, b, pen.im.size[0], b], color, 3)
+    return Mark(label, color, [] if x is None else [x], [] if y is None else [y], draw)
 
 
 def limits(v, log=False):
@@ -1140,16 +985,13 @@ def limits(v, log=False):
     return low - margin, high + margin
 
 
-def ticks(low, high, log=False, most=6):
+def ticks(low, high, log, most):
     """Round numbers in [low, high]: 1, 2 or 5 times a power of ten, at most `most` or so."""
     if log and high > 4 * low:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in (1, 2, 5), (1, 3), (1,):
-            found = [s * 10.0 ** k for k in decades for s in steps]
-            found = [v for v in found if low * 0.999 <= v <= high * 1.001]
-            if len(found) <= most + 2:
-                break
-        return found[::math.ceil(len(found) / (most + 2))]
+        found = [s * 10.0 ** k for k in decades for s in ((1, 2, 5) if len(decades) < 4 else (1,))]
+        found = [v for v in found if low <= v <= high]
+        return found[::1 + len(found) // (most + 3)]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= most)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -1168,23 +1010,21 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
     em, histogram = text.size, any(m.histogram for m in marks)
     x, y = (np.concatenate([getattr(m, k) for m in marks]) for k in "xy")
     xlim = xlim or ((x.min(), x.max()) if histogram else limits(x, "x" in log))
-    ylim = ylim or ((0, max(m.y.max() for m in marks if m.histogram)) if histogram else limits(y, "y" in log))
+    ylim = ylim or ((0, y.max()) if histogram else limits(y, "y" in log))
     xs = ticks(*xlim, "x" in log, 6 if w > 600 else 4) if xlabel else []       # t-SNE has no units
     ys = ticks(*ylim, "y" in log, 6 if h > 350 else 4) if ylabel else []
-    named = lambda v: f"{v:.6g}" if abs(v) > 1e-12 else "0"
+    named = "{:.6g}".format
     left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
     right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
-    colors = [m.color or c for m, c in zip(marks, itertools.cycle(COLORS))]
-    legend, lines, at = [], 0, w                           # above the frame, where it covers no data
-    for label, color in ((greek(m.label), c) for m, c in zip(marks, colors) if m.label):
-        need = 60 + text.getlength(label)
-        lines, at = (lines + 1, left) if at + need > right + 28 else (lines, at)
-        legend.append((at, lines, label, color))
-        at += need
-    top = 8 + int(1.4 * em) * (bool(title) + lines)
+    marks = [m._replace(color=m.color or COLORS[k % len(COLORS)]) for k, m in enumerate(marks)]
+    legend = [m for m in marks if m.label]                 # above the frame, in columns
+    need = max([60 + text.getlength(greek(m.label)) for m in legend], default=1)
+    columns = max(1, int((right + 28 - left) / need))
+    top = 8 + int(1.4 * em) * (bool(title) + math.ceil(len(legend) / columns))
 
     px = lambda v: scaled(v, xlim, "x" in log, left, right)
     py = lambda v: scaled(v, ylim, "y" in log, bottom, top)
+    at = lambda x, y: [p for p in zip(px(x), py(y)) if all(map(math.isfinite, p))]
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for v, place in zip(ys, py(ys)):
@@ -1195,14 +1035,14 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
         place = min(place, w - 2 - text.getlength(named(v)) / 2)
         pen.text((place, bottom + 8), named(v), "black", text, anchor="ma")
     inside = sheet.copy()                                  # marks are cut off at the frame
-    for mark, color in zip(marks, colors):
-        mark.draw(ImageDraw.Draw(inside, "RGBA"), px, py, color)
+    for mark in marks:
+        mark.draw(ImageDraw.Draw(inside, "RGBA"), at, mark.color)
     sheet.paste(inside.crop((left, top, right, bottom)), (left, top))
     pen.rectangle([left, top, right, bottom], outline="#444444", width=2)
-    for at, row, label, color in legend:
-        middle = 8 + 1.4 * em * (bool(title) + row - 0.55)
-        pen.rectangle([at, middle - em / 3, at + 24, middle + em / 3], color)
-        pen.text((at + 32, middle), label, "black", text, anchor="lm")
+    for k, mark in enumerate(legend):
+        x, y = left + k % columns * need, 8 + 1.4 * em * (bool(title) + k // columns + 0.45)
+        pen.rectangle([x, y - em / 3, x + 24, y + em / 3], mark.color)
+        pen.text((x + 32, y), greek(mark.label), "black", text, anchor="lm")
     pen.text(((left + right) / 2, 4), greek(title), "black", text, anchor="ma")
     pen.text(((left + right) / 2, h - 4), greek(xlabel), "black", text, anchor="md")
     if ylabel:
@@ -1232,66 +1072,32 @@ def draw_evaluation(model, x, curve):
 # Speed
 
 def bench(flags, micro_batch, device, seconds=20):
-    """Print images/s of a training step, of its bare convolutions (both ways), and of φ; and peak memory.
-
-    They are timed in turn, again and again, so that other work on the machine slows all alike; medians.
-    """
-    size, precision = flags["size"], flags["precision"]
+    """Print images/s of a training step, of a forward pass and of φ: medians of timings that take turns."""
     model, optimizer = new_network(flags, device)
     micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
-    batch = min(flags["batch"], 4 * micro)
+    batch, size, precision = min(flags["batch"], 4 * micro), flags["size"], flags["precision"]
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, flags["channels"]), np.uint8)
-    x_micro = to_batch(pixels[:micro], device)
+    x = to_batch(pixels[:micro], device)
 
     def step():
         x, y, _ = noisy_batch(pixels, np.arange(batch), 0, 0, 1.0, device)
         training_step(model, optimizer, x, y, batch, micro, precision=precision)
 
-    def timed(f, n):
-        f()                                    # untimed: what ran before has emptied the caches
+    def rate(images, work):
         start = time.perf_counter()
-        for _ in range(n):
-            f()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / n
+        work()
+        torch.zeros(1, device=device).item()   # waits for a GPU
+        return images / (time.perf_counter() - start)
 
-    images = {step: batch, bare_convolutions(model, x_micro, precision): micro,
-              torch.no_grad()(lambda: model(x_micro)): micro, lambda: phi(model, x_micro, 0.3): micro}
-    turns = {f: max(1, int(0.25 / timed(f, 1))) for f in images}
+    works = (batch, step), (micro, torch.no_grad()(lambda: model(x))), (micro, lambda: phi(model, x, 0.3))
     rates, end = [], time.monotonic() + seconds
     while time.monotonic() < end or len(rates) < 3:
-        rates.append([n / timed(f, turns[f]) for f, n in images.items()])
-    rates = np.array(rates)                                # images/s, (rounds, 4)
-    ratio = lambda a, b: np.median(rates[:, a] / rates[:, b])
-    s, c, f, p = np.median(rates, axis=0)
-    say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, "
-        f"micro-batch {micro}, {precision}, {device}, {len(rates)} rounds")
-    say(f"training step      {s:10.1f} images/s")
-    say(f"bare convolutions  {c:10.1f} images/s   step / convolutions {ratio(0, 1):.2f}")
-    say(f"full forward pass  {f:10.1f} images/s")
-    say(f"phi                {p:10.1f} images/s   phi / forward pass {ratio(3, 2):.2f}")
-    say(f"peak memory        {peak_memory(device):10.2f} GiB")
-
-
-def bare_convolutions(model, x, precision):
-    """A function that runs the network's convolutions for x, forwards and backwards, and nothing else."""
-    calls = []
-
-    def record(conv, inputs, output):          # shapes and memory layout as in the network
-        a = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
-        calls.append((conv, a, torch.randn_like(output)))
-
-    run_hooked(model, x, {nn.Conv2d: record, nn.ConvTranspose2d: record})
-
-    def both_ways():
-        for conv, a, gradient in calls:
-            a.grad = None
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                out = conv(a)
-            out.backward(gradient.to(out.dtype))
-        model.zero_grad(set_to_none=True)
-    return both_ways
+        rates.append([rate(*work) for work in works])
+    say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, micro-batch "
+        f"{micro}, {precision}, {device}")
+    rates = np.median(rates, 0)
+    for name, r in zip(("training step", "forward pass", "phi"), rates):
+        say(f"{name:13} {r:10.1f} images/s, {r / rates[1]:.2f} of the forward pass")
 
 
 # Command line
@@ -1305,38 +1111,32 @@ BUDGETS = "epochs", "minutes", "pictures"
 
 def arguments():
     """The command line. Flags that define the run default to None: --resume must see which were given."""
-    parser = Parser(description=__doc__)
-    data = parser.add_argument_group("pictures").add_argument
-    training = parser.add_argument_group("network and training").add_argument
-    add, whole = parser.add_argument, number(int, 1)
-    data("--data", metavar="PATH", help="a folder (any depth), a .npy or .npz of uint8 pictures, a folder of "
-         "ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
-    data("--size", type=number(int, 1, 4096),
-         help="side in pixels; a multiple of 2^levels (default: 64; built-in 32)")
-    data("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3; disc and calpha 1)")
-    data("--patches", action="store_true", default=None,
-         help="cut each picture into size×size tiles instead of cropping and resizing it")
-    data("--val", type=number(float, 0, 0.9), help="fraction held out, at most 2000 (default: 0.05)")
-    data("--subset", choices=("first", "second"), help="one half of the training pictures (paper B)")
-    data("--limit", type=whole, help="at most this many training pictures (paper B)")
-    training("--width", type=number(int, 1, 4096), help="channels of E1 (default: 64; built-in 16)")
-    training("--levels", type=number(int, 1, 8),
-             help="encoder blocks (default: the smallest number with which M sees the whole picture)")
-    training("--sigma-max", type=number(float, 0, 100), help="largest σ, pictures in [0, 1] (default: 1)")
-    training("--batch", type=number(int, 1, 2 ** 16),
-             help="pictures a step, over all processes (default: 1024; built-in 32)")
-    training("--pictures", type=whole, metavar="N",
-             help="train on so many, counting repetitions (built-in: 150000)")
-    training("--epochs", type=number(float, 0, 1e12), help="times through them (default: 1000)")
-    training("--minutes", type=number(float, 0, 1e12), help="the schedule stretched to fit")
-    training("--precision", choices=("fp32", "bf16"), help="bf16: automatic mixed precision (default: fp32)")
-    training("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
+    parser, whole = Parser(description=__doc__), number(int, 1)
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data", metavar="PATH", help="a folder (any depth), a .npy or .npz of uint8 pictures, a folder of "
+        "ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
+    add("--size", type=number(int, 1, 4096), help="side in pixels, a multiple of 2^levels (64; built-in 32)")
+    add("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3; disc and calpha 1)")
+    add("--patches", action="store_true", default=None, help="cut pictures into size×size tiles, unscaled")
+    add("--val", type=number(float, 0, 0.9), help="fraction held out, at most 2000 (default: 0.05)")
+    add("--subset", choices=("first", "second"), help="one half of the training pictures (paper B)")
+    add("--limit", type=whole, help="at most this many training pictures (paper B)")
+    add = parser.add_argument_group("network and training").add_argument
+    add("--width", type=number(int, 1, 4096), help="channels of E1 (default: 64; built-in 16)")
+    add("--levels", type=number(int, 1, 8), help="encoder blocks (default: so many that M sees the picture)")
+    add("--sigma-max", type=number(float, 0, 100), help="largest σ, pictures in [0, 1] (default: 1)")
+    add("--batch", type=number(int, 1, 2 ** 16), help="pictures a step, in all (default: 1024; built-in 32)")
+    add("--pictures", type=whole, metavar="N", help="train on so many, repeats counted (built-in: 150000)")
+    add("--epochs", type=number(float, 0, 1e12), help="times through them (default: 1000)")
+    add("--minutes", type=number(float, 0, 1e12), help="the schedule stretched to fit")
+    add("--precision", choices=("fp32", "bf16"), help="bf16: automatic mixed precision (default: fp32)")
+    add("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
+    add = parser.add_argument
     add("--out", default="ckpt.pt", metavar="FILE.pt", help="checkpoint to write (default: ckpt.pt)")
     add("--resume", action="store_true", help="go on with --out exactly where it was saved")
     add("--force", action="store_true", help="overwrite --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    add("--micro-batch", type=whole,
-        help="pictures at a time; changes nothing but memory and speed (default: what fits)")
+    add("--micro-batch", type=whole, help="pictures at a time: memory and speed alone (default: what fits)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--save-every", type=number(float, 0, 1e9), metavar="SECONDS",
         help="evaluate and save so often (default: a twelfth of the run, 30 to 300)")
@@ -1362,10 +1162,8 @@ def complete_flags(given, resume=None, path=""):
                                 f"{saved[key]}; leave it out to go on, or give another --out")
         return saved | no_budget | given
     synthetic = is_synthetic(given.get("data"))
-    flags = COMMON | (SMALL if synthetic else PAPER) | no_budget
-    if synthetic and "data" in given:
-        flags["channels"] = 1
-    flags |= given
+    gray = dict(channels=1) if synthetic and "data" in given else {}
+    flags = COMMON | (SMALL if synthetic else PAPER) | gray | no_budget | given
     if flags["levels"] is None:
         flags["levels"] = next(n for n in range(1, 9) if receptive_field(n) >= min(flags["size"], 700))
     if flags["size"] % 2 ** flags["levels"]:
@@ -1387,10 +1185,7 @@ def choose_device(name):
 
 def join_processes(device):
     """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
-    if "RANK" not in os.environ:
-        return
-    missing = [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
-    if missing:
+    if missing := [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]:
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1405,8 +1200,9 @@ def stop_on_signal(stop):
             signal.signal(number, signal.SIG_DFL)
 
     for name in "SIGINT", "SIGTERM", "SIGHUP":
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:        # nohup
-            signal.signal(getattr(signal, name), on_signal)
+        number = getattr(signal, name, None)   # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:              # nohup
+            signal.signal(number, on_signal)
 
 
 def main():
@@ -1424,16 +1220,16 @@ def main():
         raise UserError(f"{out}: weights only, without what --resume needs to go on exactly (Adam's state)")
     if os.path.exists(out) and not (resume or given["force"]):
         raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
-    check_outputs([out, beside(out, ".jsonl"), beside(out, ".png")], force=bool(resume) or given["force"])
+    check_outputs([out[:-3] + end for end in (".pt", ".jsonl", ".png")], bool(resume) or given["force"])
     flags = complete_flags(given, resume, out)
-    with only_run(out) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+    if "RANK" in os.environ:
         join_processes(device)
-        if given["data"] is None and not resume:
-            say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
-        train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
-              stop=lambda: bool(stop), ready=lambda: stop_on_signal(stop))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if given["data"] is None and not resume:
+        say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
+    train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
+          stop=lambda: bool(stop), ready=lambda: stop_on_signal(stop))
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 128 + stop[0] if stop else 0
 
 

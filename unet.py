@@ -166,7 +166,7 @@ _whole = lambda low, high=2 ** 60: lambda v: type(v) is int and low <= v <= high
 _or_none = lambda check: lambda v: v is None or check(v)
 MODEL = dict(width=_whole(1, 4096), channels=_whole(1, 3), levels=_whole(1, 8))
 TRAINED = dict(size=_whole(1, 2 ** 16), sigma_max=_number(1e-9, 100))
-CHECKPOINT = TRAINED | dict(                              # what train.py writes, besides `optimizer`
+CHECKPOINT = TRAINED | dict(                              # what train.py writes; also `optimizer`, `curve`
     model=_is(dict), weights=_is(dict), mean=_is(list), flags=_is(dict), training=_is(dict), step=_whole(0),
     elapsed=_number(0, 1e12), fingerprint=_is(str))
 FLAGS = MODEL | TRAINED | dict(                           # what defines a training run
