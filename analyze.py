@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
-from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, alpha_of, bars, caption, choose_device, dots,
+from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots,
                    draw_disc, evaluate, grid, initialise, limits, line, load_picture, nearest, own_class,
                    picture_rows, plot, rule, seeded, split, to_batch, to_image, training_data, training_part)
 
@@ -1399,7 +1399,7 @@ def regularity(study, parts=8):
     data, channels = study.checkpoint["flags"]["data"] or "", study.model.channels
     if not data.startswith(("calpha", "disc")) or study.training is None or channels > 1:
         raise Skip("only for networks trained on --data disc or calpha:A, in gray, and their own pictures")
-    alpha = alpha_of(data) if data != "disc" else 1e9
+    alpha = float(data[7:]) if data != "disc" else 1e9     # calpha:A
     best, x = alpha / (alpha + 1), to_batch(study.held_out, study.device)
     psnr = [psnr_curve(lambda y, s: study.model.denoise(y), part, FIT) for part in x.tensor_split(parts)]
     linear = psnr_curve(wiener(to_batch(study.training, study.device))[0], x, FIT)
