@@ -17,8 +17,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import types
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,40 +102,34 @@ def shelf(tmp_path_factory):
     for name, changes in {
             "b": dict(weights=UNet(4, 3, 1).state_dict(), flags={**flags, "seed": 1}), "sub/c": {},
             "low": dict(sigma_max=0.01, flags={**flags, "sigma_max": 0.01}), "moved": dict(fingerprint="0"),
-            "lost": dict(flags={**flags, "data": "nowhere"}),
             "nan": dict(weights={**w, "blocks.M.0.bias": w["blocks.M.0.bias"] * math.nan}),
             "huge": dict(weights={k: v * 1e30 for k, v in w.items()})}.items():
         torch.save({**good, **changes}, at / f"{name}.pt")
     torch.save({k: v for k, v in good.items() if k != "optimizer"}, at / "shipped.pt")
     (at / "cut.pt").write_bytes((at / "c.pt").read_bytes()[:3000])
-    for name in "text.png", "exists.png", "exists.json", "bad/x.png", "foreign/stability.png", "there.npz":
+    for name in "text.png", "exists.png", "exists.json", "foreign/stability.png", "there.npz":
         (at / name).parent.mkdir(exist_ok=True)
         (at / name).write_text("mine")
     for name, x in {"dark.png": np.full((16, 16, 3), 40, np.uint8), "odd.png": array(0, 37, 23, 3),
-                    "gray.PNG": array(1, 8, 8), "light.png": np.full((16, 16, 3), 215, np.uint8),
+                    "light.png": np.full((16, 16, 3), 215, np.uint8), "gray.PNG": array(1, 8, 8),
                     "few/0.png": array(2, 8, 8), "few/1.png": array(3, 8, 8)}.items():
         save(at / name, x)
     Image.new("RGBA", (30, 20), (10, 200, 30, 128)).save(at / "alpha.png")
     (at / "half.png").write_bytes((at / "odd.png").read_bytes()[:200])
     x = array(0, 20, 8, 8, 3)
-    for name, v in dict(float=x / 255, two=x.reshape(20, -1)[:, :7], none=x[:0], pickle=np.array([None]),
-                        words=np.array(["a"]), single=x[[0] * 4], tiny=array(0, 40, 8, 8)).items():
+    for name, v in dict(float=x / 255, pickle=np.array([None]), words=np.array([["a"]]), single=x[[0] * 4],
+                        tiny=array(0, 40, 8, 8), x=X, nan=X * np.nan).items():
         np.save(at / f"{name}.npy", v, allow_pickle=True)
-    np.savez(at / "labels.npz", data=x, labels=np.zeros((20, 2), int))
-    np.savez(at / "good.npz", data=np.asfortranarray(x), labels=np.arange(20).astype(">i4"))
-    whole, tiny = (at / "good.npz").read_bytes(), (at / "tiny.npy").read_bytes()
-    middle = whole.index(b"data.npy") + 400
-    (at / "crc.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1:])
-    (at / "cut.npy").write_bytes(tiny[:-100])
-    (at / "large.npy").write_bytes(tiny.replace(b"(40, 8, 8)", b"(4000,8,8)"))
-    (at / "empty").mkdir()
     paths = np.array([str(at / "data" / "ab"[i % 2] / f"{i:02d}.png") for i in range(4)])
-    np.savez(at / "k.npz", labels=np.array([0, 1, 1, 0]), paths=paths)
-    np.savez(at / "gone.npz", labels=np.array([0]), paths=np.array(["/no/such.png"]))
-    np.save(at / "x.npy", X)
-    np.save(at / "nan.npy", np.where(np.arange(20)[:, None] == 7, np.nan, X))
-    np.savez(at / "pickle.npz", phi=np.array([[None]]))
-    np.savez(at / "phi.npz", phi=X)
+    for name, v in dict(labels=dict(data=x, labels=np.zeros((20, 2), int)), phi=dict(phi=X),
+                        pickle=dict(phi=np.array([[None]])), good=dict(data=np.asfortranarray(x)),
+                        k=dict(labels=np.array([0, 1, 1, 0]), paths=paths),
+                        gone=dict(labels=np.array([0]), paths=np.array(["/no/such.png"]))).items():
+        np.savez(at / f"{name}.npz", **v)
+    crc, tiny = bytearray((at / "good.npz").read_bytes()), (at / "tiny.npy").read_bytes()
+    crc[crc.index(b"data.npy") + 400] ^= 255
+    (at / "crc.npz").write_bytes(crc)
+    (at / "cut.npy").write_bytes(tiny[:-100])
     (at / "link.npz").symlink_to(at / "phi.npz")
     return at
 
@@ -187,28 +179,25 @@ def independent_forward(model, y):
     w = model.state_dict()
 
     def block(name, a, layers, skip_norm=None, bare=None):
-        keys = sorted({int(k.split(".")[2]) for k in w if k.startswith(f"blocks.{name}.")})
+        keys = iter(sorted({int(k.split(".")[2]) for k in w if k.startswith(f"blocks.{name}.")}))
+        of = lambda k: (w[f"blocks.{name}.{k}.weight"], w[f"blocks.{name}.{k}.bias"])
         for i in range(layers):
-            k = keys.pop(0)
-            a = F.conv2d(F.pad(a, (1, 1, 1, 1)), w[f"blocks.{name}.{k}.weight"], w[f"blocks.{name}.{k}.bias"])
+            a = F.conv2d(F.pad(a, (1, 1, 1, 1)), *of(next(keys)))
             if i == bare:
                 return a
             if i != skip_norm:
-                k = keys.pop(0)
-                a = F.layer_norm(a, a.shape[1:])
-                scale, shift = w[f"blocks.{name}.{k}.weight"], w[f"blocks.{name}.{k}.bias"]
-                a = a * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+                scale, shift = (v.view(-1, 1, 1) for v in of(next(keys)))
+                a = F.layer_norm(a, a.shape[1:]) * scale + shift
             a = a.clamp(min=0)
         return a
 
-    e1 = block("E1", y, 2, skip_norm=0)
-    e2 = block("E2", F.interpolate(e1, scale_factor=0.5, mode="area"), 2)
-    m = block("M", F.interpolate(e2, scale_factor=0.5, mode="area"), 3)
-
     def up(name, a):
-        out = torch.einsum("nchw,cdij->ndhwij", a, w[f"up.{name}.weight"])
-        out = out + w[f"up.{name}.bias"].view(-1, 1, 1, 1, 1)
-        return out.permute(0, 1, 2, 4, 3, 5).reshape(len(a), -1, 2 * a.shape[2], 2 * a.shape[3])
+        out = torch.einsum("nchw,cdij->ndhiwj", a, w[f"up.{name}.weight"])
+        return out.reshape(len(a), -1, 2 * a.shape[2], 2 * a.shape[3]) + w[f"up.{name}.bias"].view(-1, 1, 1)
+    half = lambda a: F.interpolate(a, scale_factor=0.5, mode="area")
+    e1 = block("E1", y, 2, skip_norm=0)
+    e2 = block("E2", half(e1), 2)
+    m = block("M", half(e2), 3)
     d2 = block("D2", torch.cat([e2, up("D2", m)], 1), 6)
     return block("D1", torch.cat([e1, up("D1", d2)], 1), 6, bare=5), m
 
@@ -243,17 +232,6 @@ def test_phi(small):
         y = x + sigma * torch.randn(3, 16, 16, 3, generator=g).permute(0, 3, 1, 2)
         total = total + independent_forward(small, y)[1].mean((2, 3)) / 5
     assert code.shape == (3, 16) and not code.requires_grad and gap(code, total) < 1e-5
-
-
-def test_denoise_any_size(small):
-    # a picture of odd sides is refused, or padded with black
-    for h, w, mode in (17, 30, "reflect"), (1, 2, "edge"):
-        y = normal(1, 3, h, w)
-        padded = np.pad(y.numpy(), ((0, 0), (0, 0), (0, -h % 4), (0, -w % 4)), mode)
-        with torch.no_grad():
-            assert gap(small.denoise(y), small(torch.from_numpy(padded))[:, :, :h, :w]) < 1e-6
-        with pytest.raises(ValueError, match=rf"{w}×{h} .*multiples of 4"):
-            phi(small, y, 0.1)
 
 
 @pytest.mark.parametrize("words, place, value", [
@@ -307,14 +285,13 @@ def test_write_is_whole_or_not_at_all(tmp_path):
         file.write(b"old")
         file.flush()
         assert path.read_bytes() == b"older"
-    assert path.read_bytes() == b"old" and link.is_symlink()       # followed, not replaced
-    for trouble in KeyboardInterrupt(), OSError(28, "No space left on device"):
-        with pytest.raises(UserError if isinstance(trouble, OSError) else type(trouble)) as error:
+    for trouble, seen in (KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "Full"), UserError):
+        with pytest.raises(seen, match="could not be written .full" if seen is UserError else None):
             with unet.write(path) as file:
                 file.write(b"new")
                 raise trouble
         assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["a.json", "link.json"]
-    assert str(error.value) == f"{path}: could not be written (no space left on device)"
+    assert link.is_symlink()                   # followed, not replaced
 
 
 @pytest.mark.parametrize("trouble, code, words", [
@@ -421,21 +398,6 @@ def test_kmeans_seeding_is_greedy_kmeans_plus_plus(monkeypatch):
         assert found.shape == (restarts, K, 3) and gap(found, plain_seeding(x, K, restarts, 5)) == 0
 
 
-def test_kmeans_keeps_the_best_restart_and_stops_as_promised():
-    # a worse restart wins, or tol has another scale
-    x = blobs(300, 3, 9) + 0.01 * normal(300, 3).numpy()           # no two points alike
-    centred = torch.from_numpy(x - x.mean(0))
-    runs = [kmeans.lloyd(centred, c, 300, 0) for c in kmeans.seed_centers(centred, 9, 6, 3)]
-    inertias = [float((centred - c[labels]).square().sum()) for c, labels, _ in runs]
-    assert max(inertias) > min(inertias) * 1.001
-    assert KMeans(9, n_init=6, tol=0, seed=3).fit(x).inertia_ == pytest.approx(min(inertias), rel=1e-9)
-    init = x[np.random.default_rng(0).permutation(300)[:9]]
-    steps = [init] + [c for _, c, _ in plain_lloyd(x, init, 12)]
-    moves = [((b - a) ** 2).sum() / x.var(0).mean() for a, b in zip(steps, steps[1:])]
-    for tol in (0.6, 0.15, 0.04):
-        assert KMeans(9, init, tol=tol).fit(x).n_iter_ == 1 + next(i for i, m in enumerate(moves) if m <= tol)
-
-
 def test_kmeans_corners():
     # one cluster, as many as points, empty clusters, duplicates, or other types are not handled
     x = np.random.default_rng(0).normal(size=(60, 5))
@@ -445,49 +407,14 @@ def test_kmeans_corners():
     first = KMeans(5, far, tol=0, max_iter=1).fit(x)       # they get the three points farthest from x₀ and x₁
     d2 = ((x[:, None] - x[:2]) ** 2).sum(2).min(1)
     assert gap(first.cluster_centers_[2:], x[np.argsort(-d2)[:3]]) < 1e-12
-    assert set(KMeans(5, far, tol=0).fit(x).labels_) == set(range(5))
+    for dtype in np.float32, np.float64:       # an empty cluster takes all points at one place
+        repeated, starts = np.array([[0, 0, 30, 100, 102]], dtype).T, np.array([[20, 101, 20, 20]]).T
+        assert KMeans(4, starts).fit(repeated).inertia_ == 0
     with pytest.warns(UserWarning, match="2 clusters have points, 4 were asked for: fewer distinct"):
         assert KMeans(4).fit(np.repeat([[0.0, 1], [3, 4]], 10, 0)).inertia_ == 0
-    half = KMeans(3).fit(torch.from_numpy(x).half())
-    assert torch.is_tensor(half.labels_) and abs(half.inertia_ / KMeans(3).fit(x).inertia_ - 1) < 1e-2
-    a, b, c = (KMeans(6, seed=3).fit(v) for v in (x, x, x + 100))
-    assert (a.labels_ == b.labels_).all() and (a.labels_ == c.labels_).all() and a.inertia_ == b.inertia_
-
-
-def test_kmeans_far_from_the_origin():
-    # float32 takes near points for one where ‖x‖ is large
-    blob = np.repeat(np.repeat([-3000.0, 3000], 50)[:, None], 2, 1)
-    blob[:, 0] += np.tile(5.0 * np.arange(50), 2)
-    x = (np.repeat(blob, 20, 0) + 0.1 * np.random.default_rng(0).normal(size=(2000, 2))).astype(np.float32)
-    exact = ((x.astype(float) - x.reshape(100, 20, 2).astype(float).mean(1).repeat(20, 0)) ** 2).sum()
-    model = KMeans(100, n_init=2).fit(x)
-    assert model.inertia_ == pytest.approx(exact, rel=1e-9) and (model.predict(x) == model.labels_).all()
-
-
-def test_kmeans_repeated_starts_on_repeated_points():
-    # two centres stay at one point while a cluster holds two
-    for seed in range(20):
-        r, dtype = np.random.default_rng(seed), (np.float32, np.float64)[seed // 4 % 2]
-        points = r.normal(size=(30, 2 if seed % 2 else 6)) * (10 if seed % 3 else 1)
-        x = r.permutation(np.repeat(points, r.integers(1, 9, 30), 0).astype(dtype))
-        model = KMeans(30, x[r.integers(len(x), size=30)], tol=1e-4 if seed % 2 else 0).fit(x)
-        assert model.inertia_ < 1e-9 and len(set(model.labels_)) == 30
-    x, c = np.array([[0.0], [0], [30], [100], [102]]), np.array([[20.0], [101], [20], [20]])
-    assert KMeans(4, c).fit(x).inertia_ == 0   # the first empty cluster takes both points at 0
-
-
-@pytest.mark.parametrize("call, message", [
-    (lambda x: KMeans(2).fit(np.where(np.arange(20)[:, None] == 7, np.nan, x)), "NaN or infinite.*row 7"),
-    (lambda x: KMeans(21).fit(x), "20 points cannot make 21 clusters"), (lambda x: KMeans(0), "is 0"),
-    (lambda x: KMeans(2).fit(x[0]), r"shape \(3,\)"), (lambda x: KMeans(2).predict(x), "predict before fit"),
-    (lambda x: KMeans(2, init=x[:3]).fit(x), r"init has shape \(3, 3\); it must be \(2, 3\)"),
-    (lambda x: KMeans(2).fit(x).predict(x[:, :2]), "2 columns, the centres have 3"),
-    (lambda x: KMeans(2).fit(x.astype(str)), "not real numbers"),
-    (lambda x: KMeans(2).fit(x * np.eye(20)[4][:, None] * 1e200), "row 4 is so large")])
-def test_kmeans_errors(call, message):
-    # what the caller can mend is not said
-    with pytest.raises(ValueError, match=message):
-        call(np.random.default_rng(0).normal(size=(20, 3)))
+    half, a, b = KMeans(3).fit(torch.from_numpy(x).half()), KMeans(3).fit(x), KMeans(3).fit(x + 100)
+    assert torch.is_tensor(half.labels_) and abs(half.inertia_ / a.inertia_ - 1) < 1e-2
+    assert (a.labels_ == b.labels_).all()
 
 
 def test_kmeans_adjusted_rand_index_counts_pairs():
@@ -561,18 +488,16 @@ def test_kmeans_command_line(tmp_path, cli):
     paths, labels = np.array([f"{i}.png" for i in range(90)]), np.arange(90) % 5 - 1.0
     labels[labels == 3] = np.nan               # like −1: unknown
     np.savez(tmp_path / "phi.npz", phi=x, paths=paths, labels=labels)
-    options = "--K 5 --seed 4 --n-init 3 --max-iter 9 --tol 0.01"
-    code, text = cli(f"kmeans.py {tmp_path}/phi.npz {options} --out {out}")
-    model = KMeans(5, seed=4, n_init=3, max_iter=9, tol=0.01).fit(x)
+    code, text = cli(f"kmeans.py {tmp_path}/phi.npz --K 5 --seed 4 --n-init 3 --max-iter 9 --out {out}")
+    model, known = KMeans(5, seed=4, n_init=3, max_iter=9).fit(x), labels >= 0
     with np.load(out) as saved:
-        assert sorted(saved) == ["centers", "inertia", "labels", "paths"] and (saved["paths"] == paths).all()
+        assert code == 0 and (saved["paths"] == paths).all()
         assert (saved["labels"] == model.labels_).all() and gap(saved["centers"], model.cluster_centers_) == 0
-    sizes, known = np.bincount(model.labels_), labels >= 0
-    index = kmeans.adjusted_rand_index(model.labels_[known], labels[known])
+    sizes, index = np.bincount(model.labels_), kmeans.adjusted_rand_index(model.labels_[known], labels[known])
     for line in (f"90 points of 6 dimensions, 5 clusters of {sizes.min()} to {sizes.max()}",
                  f"inertia {model.inertia_:.6g}, {model.n_iter_} iterations",
-                 f"against 3 classes: adjusted Rand index {index:.3f}", f"wrote {out}"):
-        assert code == 0 and line in text.split("\n")
+                 f"against 3 classes: adjusted Rand index {index:.3f}"):
+        assert line in text.split("\n")
 
 
 # train.py: training
@@ -706,19 +631,17 @@ def test_use_of_M_in_closed_form():
 
 
 def test_aliveness_and_class_agreement(small, monkeypatch):
-    # a constant φ passes for a code, or silent channels are not counted
+    # a constant φ passes for a code, silent channels are not counted, or neighbours are of the wrong class
     v = torch.tensor([[1., 0, 0, 2], [1, 0, 0, 0], [0, 3, 0, 0]])
     monkeypatch.setattr(train, "code", lambda model, x, draws=20: v)
     found = train.aliveness(small, torch.rand(3, 3, 16, 16))
     assert found["cosine"] == pytest.approx((1 / 5 ** 0.5) / 3) and found["silent"] == 1
-    assert list(found["use"]) == [0.1, 0.3, 0.5, 1.0]
-    labels, code = np.array([0, 0, 0, 1, 1, 1, -1]), normal(7, 5)
+    code = normal(7, 5)
     code[:3, 0] += 50
     code[3:6, 1] += 50
-    code[6] = code[0]                            # of no class: no neighbour
-    assert train.class_agreement(code, labels, k=2) == 1
-    assert train.class_agreement(code, np.array([0, 0, 1, 1, 1, 0, -1]), k=2) == pytest.approx(1 / 3)
-    assert train.class_agreement(code, np.full(7, -1)) is None
+    code[6] = code[0]                          # of no class: no neighbour
+    for labels, share in (([0, 0, 0, 1, 1, 1, -1], 1), ([0, 0, 1, 1, 1, 0, -1], 1 / 3), ([-1] * 7, None)):
+        assert train.class_agreement(code, np.array(labels), k=2) == pytest.approx(share)
 
 
 # train.py: the loop
@@ -801,18 +724,18 @@ def test_checkpoint_holds_what_it_says(shelf, tmp_path):
     train.train(flags, out)
     model, saved = load_checkpoint(out)
     pictures, rows, held_out = train.training_data(flags)
-    found, held = saved["training"], train.to_batch(pictures.x[held_out], "cpu")
+    found = saved["training"]
     assert found["pictures_seen"] == 84 and found["training_pictures"] == 28 and found["epoch"] == 3
-    held = held[np.random.default_rng((0, 4)).permutation(len(held))]
+    held = train.to_batch(pictures.x[np.random.default_rng((0, 4)).permutation(held_out)], "cpu")
     assert found["psnr"] == pytest.approx(train.evaluate(model, held, 7), abs=1e-4)
     assert found["use"] == pytest.approx(train.use_of_M(model, held), abs=1e-4)
     assert saved["mean"] == pytest.approx([pictures.x[rows].mean() / 255], abs=1e-6)
     distances = torch.pdist(phi(model, held, 0.3, 20, train.seeded("cpu", 77, 0)))
     assert found["phi_distance"] == pytest.approx(distances.mean().item(), 1e-4)
-    first = model.blocks["M"][1].weight        # the data-dependent pass was made: 1 is PyTorch's own start
-    assert (first - 1).abs().max() > 0.05
     line = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])
     assert line["use"]["0.5"] == found["use"][0.5] and line["cosine"] == found["cosine"]
+    first = model.blocks["M"][1].weight        # the data-dependent pass was made: 1 is PyTorch's own start
+    assert (first - 1).abs().max() > 0.05
 
 
 def test_minutes_and_lengthening(shelf, tmp_path):
@@ -834,7 +757,6 @@ def test_defaults_are_the_papers():
     assert [flags[k] for k in keys] == [64, 64, 3, 1024, 1000, None, None]
     assert [builtin[k] for k in keys] == [32, 16, 2, 32, None, None, 150_000]
     assert train.complete_flags({**given, "data": "x", "minutes": 5.0})["epochs"] is None
-    assert train.complete_flags({**given, "data": "disc"})["channels"] == 1
     assert [train.complete_flags({**given, "size": s})["levels"] for s in (16, 40, 80, 160)] == [1, 2, 3, 4]
 
 
@@ -966,18 +888,17 @@ def test_split_depends_on_pictures_and_seed_alone(tmp_path):
 def test_arrays(tmp_path):
     # the layout of an array is mistaken for another
     x, load = array(0, 20, 8, 8, 3), lambda name, *words: train.load_pictures(str(tmp_path / name), *words)
-    for name, v in dict(colour=x, gray=x[..., 0], gray1=x[..., :1]).items():
-        np.save(tmp_path / f"{name}.npy", v)
+    np.save(tmp_path / "colour.npy", x)
     assert isinstance(load("colour.npy", 8).x, np.memmap) and (load("colour.npy", 8).x == x).all()
-    for name, channels in itertools.product(("gray", "gray1"), (1, 3)):
-        assert (load(f"{name}.npy", 8, channels).x == x[..., :1]).all()
-    assert load("colour.npy", 4).x.shape == (20, 4, 4, 3) and load("colour.npy", 4, 3, True).x.shape[0] == 80
+    assert load("colour.npy", 4).x.shape == (20, 4, 4, 3) and len(load("colour.npy", 4, 3, True).x) == 80
+    for gray, channels in itertools.product((x[..., 0], x[..., :1]), (1, 3)):
+        np.save(tmp_path / "gray.npy", gray)
+        assert (load("gray.npy", 8, channels).x == x[..., :1]).all()
     planar = array(1, 10, 3, 64, 64)           # ImageNet64: all red, then all green, then all blue
-    (tmp_path / "imagenet").mkdir()
     for k in range(2):
-        np.savez(tmp_path / "imagenet" / f"train_data_batch_{k + 1}.npz", mean=np.zeros(12288),
-                 data=planar[5 * k:5 * k + 5].reshape(5, -1), labels=np.arange(5) + 1)
-    p = load("imagenet", 64)
+        np.savez(tmp_path / f"train_data_batch_{k + 1}.npz", mean=np.zeros(12288), labels=np.arange(5) + 1,
+                 data=planar[5 * k:5 * k + 5].reshape(5, -1))
+    p = load("", 64)
     assert (p.x == planar.transpose(0, 2, 3, 1)).all() and p.labels.tolist() == [0, 1, 2, 3, 4] * 2
 
 
@@ -1009,17 +930,13 @@ def generators(n, seed=0):
 class GaussianModel:
     """The exact denoiser of N(m, λ), x̂ = m + λ/(λ + σ²)(y − m). σ: set from outside, or by variance of y."""
     lam, m, sigma = 0.04, 0.3, 1.0
+    encode = lambda self, y: (y, [])
+    score = lambda self, y: self.denoise(y) - y
 
     def denoise(self, y):
         measured = ((y - self.m) ** 2).mean((1, 2, 3), keepdim=True)
         v = measured if self.sigma is None else self.lam + self.sigma ** 2
         return self.m + torch.as_tensor(self.lam / v).clamp(max=1) * (y - self.m)
-
-    def score(self, y):
-        return self.denoise(y) - y
-
-    def encode(self, y):
-        return y, []
 
 
 @pytest.fixture(scope="module")
@@ -1053,12 +970,11 @@ def test_sample_algorithm_1_moments():
 
 def test_sample_unconditional_moments():
     # the sampler's step sizes, its noise or its end are wrong
-    model, mean = GaussianModel(), torch.full((3,), 0.3)
+    model, mean, v = GaussianModel(), torch.full((3,), 0.3), 1.0
     model.sigma = None
     free = lambda most: sample.sample_unconditional(model, mean, (3, 64, 64), generators(8), 1.0, 0.02,
                                                     max_steps=most)
-    v = 1.0                                    # v = λ + σ²: v ← (1 − h σ²/v)² v + γ², σ̂² = σ⁴/v
-    for t in range(1, 31):
+    for t in range(1, 31):                     # v = λ + σ²: v ← (1 − h σ²/v)² v + γ², σ̂² = σ⁴/v
         sigma2, h = v - model.lam, 0.01 * t / (1 + 0.01 * (t - 1))
         v = (1 - h * sigma2 / v) ** 2 * v + ((1 - 0.05 * h) ** 2 - (1 - h) ** 2) * sigma2 ** 2 / v
         if t in (1, 5, 15, 30):
@@ -1066,16 +982,14 @@ def test_sample_unconditional_moments():
             assert abs(((y - 0.3) ** 2).mean() / v - 1) < 0.03 and (steps == t).all()
     x, steps = free(2000)
     assert (steps < 2000).all() and abs(x.var() / model.lam - 1) < 0.1 and abs(x.mean() - 0.3) < 0.01
-    assert sample.noise_level(model.score(x)).max() < 0.02          # ended: all of the score was added
+    assert sample.noise_level(model.score(x)).max() < 0.02         # ended: all of the score was added
 
 
 def test_sample_guidance_step(tiny):
     # Algorithm 2's gradient, step, stop or account is wrong
-    x, model = normal(5, 3, 16, 16).double(), copy.deepcopy(tiny).double().train()
+    x, model = normal(5, 3, 16, 16).double(), copy.deepcopy(tiny).double()
     phi_c = model.encode(normal(1, 3, 16, 16, seed=1).double())[0].mean((2, 3)).detach()
     loss = lambda x: (model.encode(x)[0].mean((2, 3)) - phi_c).square().sum(1).detach()
-    model.blocks["M"][0].weight.requires_grad_(False)
-    before = {n: p.requires_grad for n, p in model.named_parameters()}
     moved, level = sample.guidance_step(model, x, phi_c, tol=0, max_iters=1, memory=0)
     for i in range(2):                         # the step is L/‖∇L‖² ∇L: against central differences
         step, L = (moved - x)[i], loss(x[i:i + 1]).item()
@@ -1092,8 +1006,7 @@ def test_sample_guidance_step(tiny):
         assert gap(alone, moved[i:i + 1]) < 1e-9 and s["gradients"][0] == level["gradients"][i]
         n = int(s["gradients"][0])
         assert not sample.guidance_step(model, x[i:i + 1], phi_c, 0.05, n - 1)[1]["converged"].item()
-    assert model.training and before == {n: p.requires_grad for n, p in model.named_parameters()}
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_sample_memory():
@@ -1116,13 +1029,13 @@ def test_sample_does_not_depend_on_how_many(tiny):
     draw = lambda n, k=1: sample.around(tiny, dict(mean=[0.5] * 3), [(v[None], None) for v in x[:k]], n,
                                         [0.5, 0.3, 0.1], tol=0.05, max_iters=40)[0]
     many = draw(4)[0]
-    assert all(torch.equal(draw(n)[0], many[:n]) for n in (1, 2, 3))
+    assert all(torch.equal(draw(n)[0], many[:n]) for n in (1, 2)) and torch.equal(draw(2, 2)[0], many[:2])
     assert gap(many[0], many[1]) > 1e-2
-    assert torch.equal(draw(2, 2)[0], many[:2])
-    guided = lambda n: [sample.target_phi(tiny, x[:1], generator=g) for g in generators(n, 9)]
-    for targets in (lambda n: None), guided:
-        free = lambda n: sample.sample_unconditional(tiny, torch.full((3,), 0.5), (3, 16, 16), generators(n),
-                                                     max_steps=5, targets=targets(n))[0]
+    for guided in False, True:
+        targets = lambda n: [sample.target_phi(tiny, x[:1], generator=g) for g in generators(n, 9)]
+        free = lambda n: sample.sample_unconditional(
+            tiny, torch.full((3,), 0.5), (3, 16, 16), generators(n), max_steps=5,
+            targets=targets(n) if guided else None)[0]
         assert torch.equal(free(3)[:2], free(2)) and torch.equal(free(3)[:1], free(1))
 
 
@@ -1168,17 +1081,15 @@ def test_sample_conditional_distance():
     # Eq. 4 is not the symmetrised KL divergence: here ‖v₁ − v₂‖²/λ, in closed form
     model, (x1, x2) = ToyDensity(), torch.zeros(2, 3, 48, 48)
     x2[1] = 0.7
-    sigmas = np.geomspace(0.01, 20, 20)
-    value, error, integrand, matched = sample.conditional_distance(
-        model, x1, x2, sigmas, 8, 4, torch.Generator().manual_seed(0), 1e-10)
+    sigmas, of = np.geomspace(0.01, 20, 20), lambda sigmas, phi_draws, seed: sample.conditional_distance(
+        model, x1, x2, sigmas, 8, phi_draws, torch.Generator().manual_seed(seed), 1e-10)
+    value, error, integrand, matched = of(sigmas, 4, 0)
     f = 48 * 48 * 0.49
     exact = 2 * f * sigmas / (model.lam + sigmas ** 2) ** 2
     assert max(abs(integrand.numpy() / exact - 1)[sigmas < 0.5]) < 0.1
     assert 0.8 < matched.min() <= matched[-1] == 1
     assert abs(value * model.lam / f - 1) < 0.05 and 0 < error < 0.05 * value
-    some = [sample.conditional_distance(model, x1, x2, [0.2, 0.4], 8, 300, torch.Generator().manual_seed(k),
-                                        1e-10) for k in range(6)]
-    # the error told is the spread of the value over seeds
+    some = [of([0.2, 0.4], 100, k) for k in range(6)]      # the error is the spread of the value over seeds
     assert 0.5 < np.mean([s[1] for s in some]) / np.std([s[0] for s in some]) < 2.5
 
 
@@ -1194,12 +1105,10 @@ def test_sample_integrate():
 
 def test_sample_panel_geometry():
     # samples are missing, out of order, or the target not in the middle
-    samples, target = torch.zeros(8, 3, 8, 8), torch.ones(1, 3, 8, 8)
-    samples[:, 0] = torch.linspace(0, 1, 8).view(8, 1, 1)
-    sheet = np.asarray(sample.panel(samples, target, side=32, gap=4))
-    assert sheet.shape == (120, 120, 3) and (sheet[44:76, 44:76] == 255).all()
-    assert [sheet[4 + 40 * (i // 3), 4 + 40 * (i % 3), 0] for i in (0, 1, 2, 3, 5, 6, 7, 8)] == [
-        round(255 * k / 7) for k in range(8)]
+    samples = torch.linspace(0, 1, 8).view(8, 1, 1, 1).expand(8, 3, 8, 8)
+    sheet = np.asarray(sample.panel(samples, torch.ones(1, 3, 8, 8), side=32, gap=4))
+    assert [sheet[14 + 40 * (i // 3), 14 + 40 * (i % 3), 0] for i in range(9)] == [
+        *(round(255 * k / 7) for k in range(4)), 255, *(round(255 * k / 7) for k in range(4, 8))]
 
 
 def test_sample_denoise_in_tiles():
@@ -1414,18 +1323,18 @@ def test_analyze_limits_of_a_living_phi(tmp_path, monkeypatch, use, cosine, sile
 
 
 def test_analyze_nulls(tmp_path):
-    # shuffled φ keeps joint structure or changes marginals; the Gaussian has another covariance
-    code = normal(2000, 1).abs() * (1 + normal(2000, 3).abs())         # all channels together large or small
+    # shuffled φ keeps joint structure or changes marginals; the Gaussian has another mean or covariance
+    code = normal(2000, 1).abs() * (1 + normal(2000, 3).abs())     # all channels together large or small
     study = study_of(tmp_path, {0.3: code, 0.1: 2 * code})
     shuffled, gaussian = (list(study.replicates(name)) for name in ("shuffled", "Gaussian"))
-    assert len(shuffled) == 3 and len(gaussian) == 10
+    assert len(shuffled) == 3 and len(gaussian) == 10 and gap(shuffled[0][0.3], shuffled[1][0.3]) > 0.1
     for replicate in shuffled:
         assert gap(replicate[0.3].sort(0).values, code.sort(0).values) == 0
         assert abs(torch.corrcoef(replicate[0.3].T)[0, 1]) < 0.1 < torch.corrcoef(code.T)[0, 1]
-        assert gap(replicate[0.1], 2 * replicate[0.3]) < 1e-6          # alike at all σ
-    assert gap(shuffled[0][0.3], shuffled[1][0.3]) > 0.1
-    for replicate in gaussian[:2]:
-        assert gap(torch.cov(replicate[0.3].T), torch.cov(code.T)) < 0.15 * code.var()
+        assert gap(replicate[0.1], 2 * replicate[0.3]) < 1e-6      # alike at all σ
+    for twin in (replicate[0.3] for replicate in gaussian[:2]):
+        assert gap(torch.cov(twin.T), torch.cov(code.T)) < 0.15 * code.var()
+        assert gap(twin.mean(0), code.mean(0)) < 0.1 and abs(analyze.kurtosis(twin) - 3).max() < 0.5
 
 
 # analyze.py: each analysis of a planted φ, its numbers and verdicts known
@@ -1490,11 +1399,8 @@ def test_analyze_selectivity(tmp_path):
     out = analyze.selectivity(study_of(tmp_path, code))
     assert gap(out["pr"][[0, 1, 3]], [1 / 20, 9 / 100, 1]) < 1e-6
     assert [out[k] for k in ("silent", "specialised", "common")] == [1, 2, 2]
-    assert out["shown"][:2] == [0, 1] and set(out["shown"][2:]) == {3, 4}
+    assert out["shown"][:2] == [0, 1] and out["excited"] == {0: 1, 1: 2, 3: 20, 4: 20}
     assert [out["top"][c].tolist() for c in (0, 1, 4)] == [[3], [5, 4], list(range(9))]    # no ties at zero
-    assert out["excited"] == {0: 1, 1: 2, 3: 20, 4: 20}
-    with pytest.raises(analyze.Skip):
-        analyze.selectivity(study_of(tmp_path, torch.ones(20, 5)))
 
 
 @pytest.mark.parametrize("two, verdict", [(True, "h"), (False, "f")])
@@ -1525,10 +1431,9 @@ def test_analyze_neighbours(tmp_path):
         assert abs(out["agreement"][space][0] - 1 / 3) < 0.12
     assert out["subspace_gap"].mean() > 0.8 and verdicts(out) == "hhh"
     same = analyze.neighbours(study_of(tmp_path, code, labels=labels, nulls=[{0.3: code}] * 3))
-    assert verdicts(same) == "fff"                                     # the untrained network does as well
+    assert verdicts(same) == "fff"             # the untrained network does as well
     bare = analyze.neighbours(study_of(tmp_path, code, nulls=random_codes()))
     assert verdicts(bare) == "nnh" and "no class labels" in bare["claims"][0]["rule"]
-    assert {p.stem for p in tmp_path.glob("*.png")} == {"neighbours", "subspaces"}
 
 
 def test_analyze_clusters(tmp_path, quick):
@@ -1590,7 +1495,7 @@ def test_analyze_embedding(tmp_path, monkeypatch, law, expected):
     study = study_of(tmp_path, code, nulls=random_codes(60, 3), pairs=30)
     row = {study.pictures([i]).numpy().tobytes(): i for i in range(60)}
 
-    def distance(model, x1, x2, sigmas, draws, phi_draws, generator, max_iters):
+    def distance(model, x1, x2, sigmas, draws, *_, **options):
         assert draws >= 8 and min(sigmas) == pytest.approx(0.2) and max(sigmas) == pytest.approx(1)
         i, j = (row[x[None].numpy().tobytes()] for x in (x1, x2))
         d2 = law(float((code[i] - code[j]).square().sum()))
@@ -1598,9 +1503,8 @@ def test_analyze_embedding(tmp_path, monkeypatch, law, expected):
     monkeypatch.setattr(analyze, "conditional_distance", distance)
     monkeypatch.setattr(analyze, "draw_scores", lambda *_: None)
     out = analyze.embedding(study)
-    assert verdicts(out) == expected and len(out["kl"]) == 30
-    assert out["interval"][0] <= out["rank_correlation"] <= out["interval"][1]
-    assert (out["B_over_A"] < 1.001) == (expected == "hh") and out["percentiles"] <= out["B_over_A"] + 1e-9
+    assert verdicts(out) == expected and out["percentiles"] <= out["B_over_A"] + 1e-9
+    assert (out["B_over_A"] < 1.001) == (expected == "hh")
 
 
 @pytest.mark.parametrize("share, step, expected", [
@@ -1705,7 +1609,7 @@ def test_analyze_pictures_are_held_out(shelf, flags):
             assert [pictures.labels[pictures.paths.index(p)] for p in paths] == list(study.labels)
 
 
-def test_analyze_command_line(shelf, cli, tmp_path, monkeypatch, quick):
+def test_analyze_command_line(cli, tmp_path, monkeypatch, quick):
     # a figure, the page or a number is missing; an untrained network confirms the paper
     line = f"analyze.py c.pt {STUDY} --out {tmp_path} --data data --clusters 4"
     code, text = cli(line)
@@ -1715,41 +1619,39 @@ def test_analyze_command_line(shelf, cli, tmp_path, monkeypatch, quick):
     assert {p.stem for p in tmp_path.glob("*.png")} == set(record["captions"]) == figures
     assert not any("skipped" in v for v in record["analyses"].values())
     claims = [c for v in record["analyses"].values() for c in v.get("claims", [])]
-    assert len(claims) == 25 and all(c["verdict"] == "not comparable" for c in claims if c["on_phi"])
-    assert "null" not in json.dumps([record["analyses"][name] for name in ("matching", "denoising")]).split()
-    assert all(f"<b>{name}.</b>" in page for name in figures) and page.count("<tr>") == 25
+    assert claims and all(c["verdict"] == "not comparable" for c in claims if c["on_phi"])
+    assert all(f"<b>{name}.</b>" in page for name in figures) and page.count("<tr>") == len(claims)
     assert page.count("data:image/png;base64,") == len(figures) and "http" not in page
     with np.load(tmp_path / "phi.npz") as file:
         assert [file[k].shape for k in ("phi", "other_phi", "untrained", "paths")] == [
             (80, 8), (1, 80, 8), (3, 2, 80, 8), (80,)] and set(file["labels"]) == {0, 1}
     assert cli(f"kmeans.py {tmp_path}/phi.npz --K 3 --out {tmp_path}/k.npz")[0] == 0           # its readers
-    assert cli(f"sample.py c.pt --cluster {tmp_path}/k.npz:1 --steps 2 --samples 1 --device cpu "
-               f"--out {tmp_path}/s.png")[0] == 0
+    assert cli(f"sample.py c.pt --cluster {tmp_path}/k.npz:1 {FAST} --out {tmp_path}/s.png")[0] == 0
 
     # a rerun of one analysis: its claims alone are printed, φ is not computed again, the rest is kept
     monkeypatch.setattr(analyze, "compute_phi", None)
     (tmp_path / "stability.png").write_bytes(b"kept")
     code, text = cli(f"{line} --only sparsity")
-    assert code == 0 and text.count("paper: ") == 4 and "PR falls" in text and "clusters" not in text
-    assert (tmp_path / "stability.png").read_bytes() == b"kept"
+    assert code == 0 and "PR falls" in text and "clusters" not in text
     again = json.loads((tmp_path / "results.json").read_text())["analyses"]
     assert set(again) == set(record["analyses"]) and again["sparsity"] == record["analyses"]["sparsity"]
+    assert (tmp_path / "stability.png").read_bytes() == b"kept"
     assert "exists: --force" in cli(f"{line} --seed 1")[1]         # other settings
 
 
 def test_analyze_several_networks_and_corners(cli, tmp_path, quick):
     # mean and spread over networks are of other claims; a small σ_max or no classes crash it
-    code, text = cli(f"analyze.py c.pt b.pt {STUDY} --out {tmp_path}/many --only sparsity denoising")
-    assert code == 0 and "2 networks: c, b" in text and "not comparable in 2" in text
     read = lambda name: json.loads((tmp_path / name).read_text())
-    values = [read(f"many/{v}/results.json")["analyses"]["sparsity"]["claims"][0]["value"] for v in "cb"]
-    row = read("many/networks.json")["claims"][0]
+    code, text = cli(f"analyze.py c.pt b.pt {STUDY} --out {tmp_path} --only sparsity denoising")
+    assert code == 0 and "2 networks: c, b" in text and "not comparable in 2" in text
+    values = [read(f"{v}/results.json")["analyses"]["sparsity"]["claims"][0]["value"] for v in "cb"]
+    row = read("networks.json")["claims"][0]
     assert row["value"] == pytest.approx(np.mean(values), rel=1e-4)
     assert row["error"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
     code, text = cli(f"analyze.py low.pt {STUDY} --out {tmp_path}/low --sigma 0.005 --data data/a "
-                     "--pictures data/a/00.png --clusters 39")
-    assert code == 0 and "40 pictures cannot make 39 clusters" in text
+                     "--pictures data/a/00.png --clusters 39 --only attributes stability clusters denoising")
     found = read("low/results.json")["analyses"]
+    assert code == 0 and "40 pictures cannot make 39 clusters" in found["clusters"]["skipped"]
     assert found["denoising"]["sigmas"] == [0.01] and found["stability"]["sigma_2"] == [0, 0.01]
     assert found["attributes"]["pictures"][0]["name"] == "00.png"
 
@@ -1775,16 +1677,12 @@ TINY = "train.py --data tiny.npy --size 8 --width 2 --device cpu --pictures 12"
 
 @pytest.mark.parametrize("message, lines", table(f"""
 nowhere: no such file | train.py --data nowhere
-none of its 1 pictures | train.py --data bad --size 8
-looked for a folder | train.py --data empty | train.py --data c.pt
+looked for a folder | train.py --data sub | train.py --data c.pt
 only one distinct | train.py --data single.npy --size 8
-must be uint8 | train.py --data float.npy | train.py --data two.npy | train.py --data none.npy
-not a whole | train.py --data pickle.npy | train.py --data cut.npy | train.py --data large.npy
-CRC | train.py --data crc.npz
+must be uint8 | train.py --data float.npy
+not a whole | train.py --data pickle.npy | train.py --data cut.npy | train.py --data crc.npz
 labels must be 20 integers | train.py --data labels.npz --size 8
 multiple of 2 | train.py --data good.npz --size 9 --levels 1
-hold no 16×16 tile | train.py --data good.npz --size 16 --patches
-positive | train.py --data calpha:-1 | train.py --data calpha:nan
 unrecognized | {TINY} --widht 3 | kmeans.py x.npy --clustres 3 | sample.py c.pt --stpes 3
 invalid integer | {TINY} --batch two | kmeans.py x.npy --K 2.5
 invalid choice | {TINY} --channels 2 | analyze.py c.pt --only sparse
@@ -1794,7 +1692,6 @@ there is no folder | {TINY} --out no/a.pt | kmeans.py x.npy --out no/c.npz | sam
 --resume goes on with it | {TINY} --out c.pt
 exists | {TINY} --out exists.pt | kmeans.py x.npy --out there.npz | sample.py c.pt --out exists.PNG
 stability.png exists: --force | analyze.py c.pt --out foreign
-choose one | {TINY} --out c.pt --resume --force
 weights only | train.py --resume --out shipped.pt
 contradicts | train.py --resume --out c.pt --width 3 | train.py --resume --out c.pt --pictures 8
 not the pictures | train.py --resume --out moved.pt | train.py --resume --out c.pt --data good.npz
@@ -1802,32 +1699,26 @@ not a checkpoint | train.py --resume --out cut.pt | sample.py cut.pt | analyze.p
 not finite | sample.py nan.pt | sample.py huge.pt dark.png --steps 2 | analyze.py nan.pt
 --batch: 0: must be at least 1 | {TINY} --batch 0
 must be above 0 | {TINY} --epochs nan | {TINY} --minutes -1 | kmeans.py x.npy --tol nan
-must be above 0 | analyze.py c.pt --sigma 0
 No such file | kmeans.py no.npy
 not a whole .npy | kmeans.py cut.npy | kmeans.py text.png | kmeans.py k.npz
 allow_pickle=False | kmeans.py pickle.npz
 not real numbers | kmeans.py words.npy
 x has shape (40, 8, 8) | kmeans.py tiny.npy
-row 7 | kmeans.py nan.npy
+NaN or infinite values, first in row 0 | kmeans.py nan.npy
 20 points cannot make 100 clusters | kmeans.py x.npy --K 100
-a .npz | kmeans.py x.npy --out x.npy --force
 not the file of the points | kmeans.py phi.npz --out link.npz --force
-no file given | kmeans.py
 is also to be read | sample.py c.pt --out dark.png dark.png --force
 --save-each data: is not empty | sample.py c.pt --save-each data dark.png
 cannot be read | sample.py c.pt none.png | sample.py c.pt text.png | sample.py c.pt --mix dark.png half.png
 as many numbers, and not of sum 0 | sample.py c.pt --mix a b --weights 1 -1
 or one of | sample.py c.pt dark.png --mix light.png | sample.py c.pt dark.png --unconditional 3
---weights has no meaning with targets | sample.py c.pt dark.png --weights 1
 --steps has no meaning with | sample.py c.pt --denoise a --steps 7 | sample.py c.pt --adaptive --steps 9
-must be FILE:NUMBER | sample.py c.pt --cluster k.npz | sample.py c.pt --cluster x.npy:0
-no such cluster | sample.py c.pt --cluster k.npz:2
 not among | sample.py c.pt --cluster gone.npz:0
+no such cluster | sample.py c.pt --cluster k.npz:2
 must be below | sample.py c.pt dark.png --sigma-min 2
-nowhere | analyze.py lost.pt | analyze.py c.pt --data nowhere
+nowhere | analyze.py c.pt --data nowhere
 have changed | analyze.py moved.pt
 2 pictures are too few | analyze.py c.pt --data few
-no.png | analyze.py c.pt --pictures no.png
 is a file, must be a folder | analyze.py c.pt --out text.png
 networks of one kind | analyze.py c.pt low.pt
 different names | analyze.py c.pt sub/c.pt
