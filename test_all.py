@@ -138,12 +138,14 @@ def shelf(tmp_path_factory):
 def cli(shelf, monkeypatch, capsys):
     """cli("train.py --size 8"): (exit code, what the user sees), in this process, in the folder `shelf`."""
     def call(line, folder=shelf):
-        words = shlex.split(str(line))
+        words, handlers = shlex.split(line), {n: signal.getsignal(n) for n in (1, 2, 15)}
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", words)
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             unet.run(globals()[words[0].removesuffix(".py")].main)
+        for n, handler in handlers.items():    # train.py sets its own
+            signal.signal(n, handler)
         out, err = capsys.readouterr()
         return end.value.code or 0, err if end.value.code == 2 else out
     return call
@@ -665,17 +667,6 @@ def whole(shelf):
     return shelf / "whole.pt"
 
 
-def test_resume_is_exact(shelf, whole, tmp_path):
-    # a run in two parts differs from one
-    flags, out = {**FLAGS, "data": str(shelf / "tiny.npy"), "epochs": 4.0}, str(tmp_path / "a.pt")
-    calls = iter(range(1000))
-    assert not train.train(flags, out, stop=lambda: next(calls) > 15)          # stops in the middle of a step
-    middle = load_checkpoint(out)[1]
-    assert 0 < middle["step"] < load_checkpoint(whole)[1]["step"] == 22
-    assert train.train(flags, out, resume=middle)
-    assert gap(weights(whole), weights(out)) == 0
-
-
 KILLED = """import os, sys, train
 replace, times = os.replace, iter([4, 3, 2, 1])
 def dying(*paths):
@@ -686,12 +677,11 @@ os.replace, sys.argv = dying, sys.argv[1:]
 train.main()"""
 
 
-def test_killed_process_and_signals(shelf, whole, cli, tmp_path, monkeypatch):
+def test_resume_after_a_kill_or_a_signal_is_exact(shelf, whole, cli, tmp_path, monkeypatch):
     # a killed or stopped run cannot go on, or ends elsewhere
     words = f"{RUN} --data {shelf}/tiny.npy --save-every 1e-9 --out {tmp_path}/"
     assert python("-c", KILLED, *(words + "killed.pt").split())[0] == -signal.SIGKILL
     assert list(tmp_path.glob("*.tmp")) and load_checkpoint(tmp_path / "killed.pt")[1]["step"] == 1
-    handlers = [(n, signal.getsignal(n)) for n in (2, 15, 1)]
     rate, times = train.learning_rate, iter([1] * 9)
     with monkeypatch.context() as patch:       # a signal in the tenth step
         patch.setattr(train, "learning_rate", lambda *args: (
@@ -704,8 +694,6 @@ def test_killed_process_and_signals(shelf, whole, cli, tmp_path, monkeypatch):
         assert gap(weights(whole), weights(tmp_path / f"{name}.pt")) == 0
         curve = [json.loads(v)["step"] for v in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert curve == sorted(set(curve)) and curve[0] == 1 and curve[-1] == 22
-    for number, handler in handlers:
-        signal.signal(number, handler)
     assert np.ptp(np.asarray(Image.open(tmp_path / "stopped.png"))) == 255
 
 
@@ -776,8 +764,10 @@ def test_full_disk_and_bad_weights(shelf, tmp_path, cli):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     out.write_bytes(before)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))   # stands for a full disk
-    code, text = cli(f"train.py --resume --pictures 24 --out {out} --device cpu")
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        code, text = cli(f"train.py --resume --pictures 24 --out {out} --device cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and f"{out}: could not be written (file too large)" in text and text.count("\n") == 1
     resume = load_checkpoint(out)[1]
     resume["weights"]["blocks.M.0.bias"][:] = resume["weights"]["blocks.D1.15.weight"][:] = 1e38
