@@ -1813,7 +1813,7 @@ def test_sure_is_unbiased():
 
 
 def test_posterior_mean_against_brute_force():
-    """The closed form of memorisation is not the mean of the training pictures, weighted by their likelihood."""
+    """The closed form of memorisation is not the training pictures' mean, weighted by their likelihood."""
     x, y = torch.rand(5, 1, 2, 3), torch.rand(4, 1, 2, 3)
     for sigma in 0.01, 0.3, 3:
         for i, found in enumerate(analyze.posterior_mean(y, sigma, x)):
@@ -1831,8 +1831,7 @@ def test_wiener_filter():
     J = C @ np.linalg.inv(C + sigma ** 2 * np.eye(9))
     denoise, values, vectors = analyze.wiener(x)
     assert gap(denoise(y, sigma).flatten(1), mean + (y.flatten(1).numpy() - mean) @ J.T) < 1e-5
-    assert gap(vectors * values(sigma) @ vectors.T, J) < 1e-5 and gap(values(sigma).sort().values.flip(0),
-                                                                     values(sigma)) == 0
+    assert gap(vectors * values(sigma) @ vectors.T, J) < 1e-5 and (values(sigma).diff() <= 0).all()
 
 
 def test_slope_and_psnr_curve():
@@ -1881,7 +1880,8 @@ def test_generalisation_of_networks_that_copy(tmp_path, monkeypatch):
     found = analyze.generalisation(study, pairs)
     for v in found["pairs"]:
         assert gap(v["psnr"]["training"], v["psnr"]["exact, training"]) < 1e-3 or v["N"] > 1
-        assert v["psnr"]["training"][0] == 100 and gap(v["psnr"]["held out"][:2], v["psnr"]["exact, held out"][:2]) < 1
+        assert v["psnr"]["training"][0] == 100
+        assert gap(v["psnr"]["held out"][:2], v["psnr"]["exact, held out"][:2]) < 1
         assert v["pixels"]["nearest"].min() > 0.999 and v["pixels"]["held_out"].max() < 0.95
     assert [c["verdict"] for c in found["claims"]] == ["holds", "fails", "fails", "fails"]
     assert found["pairs"][0]["N"] == 1 and (tmp_path / "originals.png").exists()
@@ -1892,8 +1892,8 @@ def test_generalisation_of_networks_that_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(analyze, "phi", lambda model, x, *rest: x.flatten(1))
     x = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     both, new = Copier(x[60:]), x[60:]
-    study = analyze.Study(both, dict(sigma_max=1.0, mean=[0.5]), train.to_uint8(new.permute(0, 2, 3, 1).numpy()),
-                          out=str(tmp_path))
+    held = train.to_uint8(new.permute(0, 2, 3, 1).numpy())
+    study = analyze.Study(both, dict(sigma_max=1.0, mean=[0.5]), held, out=str(tmp_path))
     found = analyze.generalisation(study, [[(both, x[:30]), (both, x[30:60])]])
     verdicts = {c["claim"][:12]: c["verdict"] for c in found["claims"]}
     assert verdicts["two networks"] == verdicts["these are ne"] == "holds" and verdicts["memorised at"] == "fails"
@@ -1901,9 +1901,11 @@ def test_generalisation_of_networks_that_agree(tmp_path, monkeypatch):
 
 def test_versus_and_harmonics_from_the_command_line(shelf, cli, tmp_path, monkeypatch):
     """Pairs whose training sets overlap are compared; or the analyses of paper B do not run at all."""
-    flags = dict(train.COMMON, data=str(shelf / "data"), size=8, width=4, levels=1, batch=8, val=0.4, pictures=16)
-    for name, changes in dict(first=dict(subset="first"), second=dict(subset="second"), less=dict(subset="first", limit=4),
-                              more=dict(subset="second", limit=4), disc=dict(data="disc", channels=1, val=0.01)).items():
+    flags = dict(train.COMMON, data=str(shelf / "data"), size=8, width=4, levels=1, batch=8, val=0.4,
+                 pictures=16)
+    for name, changes in dict(
+            first=dict(subset="first"), second=dict(subset="second"), less=dict(subset="first", limit=4),
+            more=dict(subset="second", limit=4), disc=dict(data="disc", channels=1, val=0.01)).items():
         train.train({**flags, **changes}, str(tmp_path / f"{name}.pt"))
     a, b, out = tmp_path / "first.pt", tmp_path / "second.pt", tmp_path / "out"
     monkeypatch.setattr(analyze, "sample_unconditional", lambda model, mean, shape, generators, *rest: (
@@ -1912,12 +1914,13 @@ def test_versus_and_harmonics_from_the_command_line(shelf, cli, tmp_path, monkey
     numbers = json.loads((out / "results.json").read_text())["analyses"]["generalisation"]["pairs"]
     assert code == 0 and [v["N"] for v in numbers] == [4, 24] and "originals" in (out / "index.html").read_text()
     assert cli(f"analyze.py {a} --versus {b} --out {out}")[0] == 2
-    for line, message in ((f"{a} --versus {tmp_path}/less.pt", "overlap"), (f"{a} {b} --versus {a}", "needs 2"),
+    for line, message in ((f"{a} --versus {tmp_path}/less.pt", "overlap"),
+                          (f"{a} {b} --versus {a}", "needs 2"),
                           (f"{a} --versus {tmp_path}/disc.pt", "another kind")):
         code, text = cli(f"analyze.py {line} --out {tmp_path}/none")
         assert code == 2 and message in text and not (tmp_path / "none").exists()
-    line = f"analyze.py {tmp_path}/disc.pt --only harmonics regularity --draws 1 --images 40 --out {tmp_path}/disc"
-    code, text = cli(line)
+    code, text = cli(f"analyze.py {tmp_path}/disc.pt --only harmonics regularity --draws 1 --images 40 "
+                     f"--out {tmp_path}/disc")
     found = json.loads((tmp_path / "disc" / "results.json").read_text())["analyses"]
     assert code == 0 and found["regularity"]["optimum"] == 1 and len(found["regularity"]["eigenvalues"]) == 12
     assert len(found["harmonics"]["effective_rank"]) == 4 and (tmp_path / "disc" / "harmonics.png").exists()
