@@ -45,7 +45,8 @@ class KMeans:
         of it. ValueError for a wrong shape, NaN, infinite values, n < n_clusters. Warns if some clusters are
         empty, x having fewer distinct points.
         """
-        self._numpy, x, K = not torch.is_tensor(x), as_points(x, self.device), self.n_clusters
+        given = (lambda v: v) if torch.is_tensor(x) else (lambda v: v.cpu().numpy())
+        x, K = as_points(x, self.device), self.n_clusters
         if len(x) < K:
             raise ValueError(f"{len(x)} points cannot make {K} clusters; ask for at most {len(x)}")
         total = self._fit(x)
@@ -56,8 +57,8 @@ class KMeans:
             ended = self.n_iter_ < self.max_iter
             why = "fewer distinct points than clusters" if ended else "max_iter too small"
             warnings.warn(f"{found} clusters have points, {K} were asked for: {why}")
-        self.cluster_centers_ = self._as_given((self._centers + self._origin).to(x.dtype))
-        self.labels_ = self._as_given(self._labels)
+        self.cluster_centers_ = given((self._centers + self._origin).to(x.dtype))
+        self.labels_ = given(self._labels)
         return self
 
     def _fit(self, x):
@@ -82,18 +83,6 @@ class KMeans:
             if inertia < self.inertia_:
                 self._centers, self._labels, self.inertia_, self.n_iter_ = centers, labels, inertia, n_iter
         return total
-
-    def predict(self, x):
-        """The label (n,) of the nearest centre, x (n, d). ValueError before `fit`, or if d differs."""
-        if not hasattr(self, "labels_"):
-            raise ValueError("predict before fit: there are no centres yet")
-        x, c = as_points(x, self._centers.device), self._centers
-        if x.shape[1] != c.shape[1]:
-            raise ValueError(f"x has {x.shape[1]} columns, the centres have {c.shape[1]}")
-        return self._as_given(NearestCenters(x.to(c.dtype) - self._origin, len(c))(c))
-
-    def _as_given(self, tensor):
-        return tensor.cpu().numpy() if self._numpy else tensor
 
 
 # Lloyd's algorithm
@@ -176,7 +165,7 @@ def update_sums(sums, x, summed, labels):
     counts = labels.bincount(minlength=len(sums))
     touched = torch.zeros_like(counts, dtype=torch.bool)
     for i in (labels != summed).nonzero()[:, 0].split(1024):
-        y = x.index_select(0, i).double()
+        y = x[i].double()
         sums.index_add_(0, labels[i], y).index_add_(0, summed[i], y, alpha=-1)
         touched[labels[i]] = touched[summed[i]] = True
     return counts, (touched & (counts > 0)).nonzero()[:, 0]
@@ -213,7 +202,7 @@ def fill_empty(x, c, labels):
 def own_distances(x, c, labels):
     """Squared distance of every point to its own centre, (n,), from differences: no cancellation."""
     rows = chunk_rows(x, x.shape[1])
-    return torch.cat([squares(c[own].sub_(part)) for part, own in zip(x.split(rows), labels.split(rows))])
+    return torch.cat([squares(c[own] - part) for part, own in zip(x.split(rows), labels.split(rows))])
 
 
 def squares(x):
@@ -228,7 +217,7 @@ def seed_centers(x, K, restarts, seed):
 
     Each next centre is the best of 2 + log K points drawn with probability ∝ D², the squared distance to the
     nearest centre so far. All restarts are seeded side by side: each step then reads x twice, not twice per
-    restart, and that is what a step costs. Random numbers come from the CPU: all devices draw the same.
+    restart. Random numbers come from the CPU: all devices draw the same.
     """
     n, L, xx, eps = len(x), 2 + int(math.log(K)), squares(x), torch.finfo(x.dtype).eps
     generator, rows = torch.Generator().manual_seed(seed), chunk_rows(x, 2 * restarts * L)
@@ -239,20 +228,18 @@ def seed_centers(x, K, restarts, seed):
         d2 = torch.addmm(size, x[to], x[i].T, alpha=-2)
         return d2.masked_fill_(d2 < 8 * eps * size, 0)     # rounding: the same point
 
-    best, chosen = torch.randint(n, (restarts,), generator=generator).to(x.device), []
+    chosen = [torch.randint(n, (restarts,), generator=generator).to(x.device)]
     nearest = x.new_full((restarts, n), math.inf)          # D²
-    while True:
-        chosen.append(best)
-        if len(chosen) == K:
-            return x[torch.stack(chosen, 1)]
+    while len(chosen) < K:
         for i in chunks:
-            torch.minimum(nearest[:, i], distances(best, i), out=nearest[:, i])
+            torch.minimum(nearest[:, i], distances(chosen[-1], i), out=nearest[:, i])
         mass = nearest.cumsum(1, dtype=torch.float64)
         u = torch.rand(restarts, L, generator=generator, dtype=torch.float64).to(x.device)
         candidates = torch.searchsorted(mass, (1 - u) * mass[:, -1:]).clamp_(max=n - 1)
         potential = sum(torch.minimum(distances(candidates.flatten(), i).view(restarts, L, -1),
                                       nearest[:, None, i]).sum(2, dtype=torch.float64) for i in chunks)
-        best = candidates.gather(1, potential.argmin(1, keepdim=True))[:, 0]
+        chosen.append(candidates.gather(1, potential.argmin(1, keepdim=True))[:, 0])
+    return x[torch.stack(chosen, 1)]
 
 
 def as_points(x, device=None, name="x"):
@@ -266,10 +253,9 @@ def as_points(x, device=None, name="x"):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (points, dimensions), real")
     x = x.to("cpu" if str(device or x.device).startswith("mps") else device)
     x = x.to(torch.float64 if x.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32)
-    rows = (~x.sum(1).isfinite()).nonzero()[:, 0]          # a sum may overflow without a bad value
-    rows = rows[~x[rows].isfinite().all(1)]
-    if len(rows):
-        raise ValueError(f"{name} has NaN or infinite values, first in row {int(rows[0])}")
+    bad = (~x.isfinite()).any(1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} has NaN or infinite values, first in row {int(bad[0])}")
     return x
 
 
@@ -348,15 +334,13 @@ def tsne(x, perplexity=30.0, iterations=750):
 
 def affinities(x, perplexity):
     """t-SNE's p_ij (n, n), Σ = 1: p(j | i) is Gaussian around x_i, exp(its entropy) the perplexity."""
-    n = len(x)
-    d2 = torch.cdist(x, x).square()
+    n, d2 = len(x), torch.cdist(x, x).square()
     d2 = (d2 / d2.mean().clamp(min=1e-300)).fill_diagonal_(math.inf)
     low, high = torch.full((n, 1), -50.0, dtype=x.dtype), torch.full((n, 1), 50.0, dtype=x.dtype)
     for _ in range(60):                        # bisection of log β, p(j | i) ∝ exp(−β d²)
         beta = (low + high) / 2
         p = torch.softmax(-d2 * beta.exp(), 1)
-        entropy = -(p * p.clamp(min=1e-300).log()).sum(1, keepdim=True)
-        wide = entropy > math.log(min(perplexity, (n - 1) / 3))
+        wide = torch.special.entr(p).sum(1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
         low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
     return ((p + p.T) / (2 * n)).clamp(min=1e-12)
 
@@ -423,6 +407,7 @@ def main():
     from unet import Progress, UserError, say, write
     flags, status = arguments(), Progress()
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+
     def progress(restart, iteration, changed):
         done = (restart + iteration / (iteration + 20)) / flags.n_init         # a restart takes some 40
         status(done, f"restart {restart + 1}/{flags.n_init}, iteration {iteration}, {changed} labels changed")

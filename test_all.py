@@ -215,16 +215,10 @@ def checkpoint_of(model, **changes):
 
 GONE, BIAS = object(), "weights blocks.M.0.bias"
 DAMAGE = {                 # what the one line says: the entries of a whole checkpoint that make it say so
-    "no 'mean'": [("mean", GONE)], "no 'flags'": [("flags", GONE)], "no 'seed'": [("flags seed", GONE)],
-    "size mismatch": [("model width", 5), ("model width", 3000)], "multiple": [("size", 18)],
-    "width": [("model width", 10 ** 9), ("model width", True)], "channels": [("model channels", "3")],
-    "levels": [("model levels", 9), ("model levels", 0)], "size": [("size", 0), ("size", [16])],
-    "patches": [("flags patches", "no")],
-    "sigma_max": [("sigma_max", 0.0), ("sigma_max", float("nan"))], "batch": [("flags batch", 0)],
-    "mean": [("mean", [0.5]), ("mean", [0.5, 0.5, 7.0]), ("mean", "gray")], "training": [("training", [])],
-    "step": [("step", -1)], "elapsed": [("elapsed", float("inf"))], "fingerprint": [("fingerprint", 3)],
-    "precision": [("flags precision", "int8")], "damaged": [("model", [1, 2])], "weights": [("weights", 7)],
-    "not finite": [(BIAS, torch.full((16,), float("nan"))), (BIAS, torch.zeros(16, dtype=torch.long))],
+    "no mean": [("mean", GONE)], "no flags": [("flags", GONE)],
+    "size mismatch": [("model width", 5), ("model width", 3000)],
+    "damaged": [("model", [1, 2]), ("model channels", "3"), ("model width", 10 ** 9), ("weights", 7)],
+    "not finite": [(BIAS, torch.full((16,), float("nan")))],
     "Missing": [(BIAS, GONE)], "Unexpected": [("weights extra", torch.zeros(2))],
     "another version": [("format", "blind-denoiser-1")], "not a checkpoint": [("format", GONE)]}
 
@@ -1053,7 +1047,6 @@ def test_kmeans_is_plain_lloyd_step_by_step(monkeypatch):
                 assert abs(model.inertia_ - inertia) < 1e-9 * inertia
             assert inertia <= before + 1e-9
             before = inertia
-        assert (model.predict(x) == model.labels_).all() and (model.predict(x[7:9]) == labels[7:9]).all()
 
 
 def test_kmeans_skipped_distances_cannot_matter(monkeypatch):
@@ -1141,7 +1134,7 @@ def test_kmeans_far_from_the_origin(monkeypatch):
     exact = ((x.astype(float) - x.reshape(100, 20, 2).astype(float).mean(1).repeat(20, 0)) ** 2).sum()
     assert model.inertia_ == pytest.approx(exact, rel=1e-9) and exact < 45     # each blob is a cluster
     wide = KMeans(100, n_init=2).fit(x.astype(float))
-    assert (model.labels_ == wide.labels_).all() and (model.predict(x) == model.labels_).all()
+    assert (model.labels_ == wide.labels_).all()
     assert model.cluster_centers_.dtype == np.float32
     dtypes, inner = [], KMeans._fit
     monkeypatch.setattr(KMeans, "_fit", lambda self, x: (dtypes.append(x.dtype), inner(self, x))[1])
@@ -1171,10 +1164,9 @@ def test_kmeans_repeated_starts_on_repeated_points(dtype):
     (lambda x: KMeans(2).fit(x[0]), r"shape \(3,\)"), (lambda x: KMeans(0), "n_clusters is 0"),
     (lambda x: KMeans(2).fit(x[:, :0]), r"shape \(20, 0\)"), (lambda x: KMeans(2, n_init=0), "n_init is 0"),
     (lambda x: KMeans(2, max_iter=0), "max_iter is 0"), (lambda x: KMeans(2, tol=math.nan), "tol is nan"),
-    (lambda x: KMeans(2).predict(x), "predict before fit"), (lambda x: KMeans(2, init="best"), "k-means"),
+    (lambda x: KMeans(2, init="best"), "k-means"),
     (lambda x: KMeans(2, init=x[:3]).fit(x), r"init has shape \(3, 3\); it must be \(2, 3\)"),
     (lambda x: KMeans(2, init=x[:2] * math.inf).fit(x), "init has NaN or infinite"),
-    (lambda x: KMeans(2).fit(x).predict(x[:, :2]), "2 columns, the centres have 3"),
     (lambda x: KMeans(2).fit(x * 1j), "complex128"), (lambda x: KMeans(2).fit(torch.tensor(x) * 1j), "real"),
     (lambda x: KMeans(2).fit(x.astype(str)), "not real numbers"),
     (lambda x: KMeans(2).fit(x * np.eye(20)[4][:, None] * 1e200), "row 4 is so large")])
