@@ -238,9 +238,8 @@ def minorant(x, y):
 def dip(v):
     """Hartigan & Hartigan's dip (1985): the distance of the distribution of v to the nearest unimodal one.
 
-    v: (n,) values, distinct. From 1/(2n) to 1/4. The interval [a, b] of the mode shrinks: its next ends lie
-    where the concave majorant of the distribution and its convex minorant, both over [a, b], are farthest
-    apart, until the distances outside are as large as that.
+    v: (n,) values, distinct. The interval [a, b] of the mode shrinks: its next ends lie where the concave
+    majorant and convex minorant over [a, b] are farthest apart, until distances outside are as large.
     """
     x, counts = np.unique(v, return_counts=True)
     at, a, b, worst = np.cumsum(counts) / len(v), 0, len(x) - 1, 1 / len(v)    # the distribution at a value,
@@ -337,9 +336,8 @@ def block_averages(study, model, chosen, levels):
 def sparsity(study):
     """Fig. 1, 10: PR of ā at the input and the output of every block, at several σ.
 
-    PR of the mean over draws, one value a picture; change: output − input, (mean, error over pictures). E1
-    and D1, with a picture at one side, are left out. Claims about several blocks are judged by the one in
-    which the change is least in their direction.
+    One value a picture; E1 and D1, with a picture at one side, are left out. Claims about several blocks are
+    judged by the one in which the change is least in their direction.
     Nulls: the untrained network, since random filters and ReLUs change the PR too; for φ's PR shuffling as
     well: is a picture sparser than its channels taken one by one?
     """
@@ -542,7 +540,6 @@ def subspace_gap(code, targets, k=3):
 def neighbours(study):
     """Fig. 5, 14: nearest pictures by cosine of φ and of pixels; class agreement; union of subspaces.
 
-    Agreement: the share of the ten nearest that are of the query's class. Subspaces: `subspace_gap`.
     Nulls: the untrained network's lead; shuffled φ, which agrees with the classes by chance alone. A
     Gaussian's rows belong to no picture: it applies to the subspaces only, where it and shuffling ask whether
     neighbours share directions just because they are neighbours.
@@ -640,10 +637,9 @@ def clustering(study, phis, K, truth):
 def clusters(study):
     """Fig. 6, 15, 16: K-means on φ; how far apart clusters are, beside classes; how stable the clusters are.
 
-    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Ratio: distance of two
-    centroids over the SD along the line that joins them, up to 100 random pairs.
-    Nulls: all three, because K-means makes separated clusters of anything; rows of the Gaussian and shuffled
-    ones keep the labels, which then mean nothing. The Gaussian has no second σ.
+    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Nulls: all three,
+    because K-means makes separated clusters of anything; rows of the Gaussian and shuffled ones keep the
+    labels, which then mean nothing. The Gaussian has no second σ.
     """
     n, known, done = len(study.x), study.labels >= 0, iter(range(1, 100))
     K = study.clusters or max(2, min(100, n // 20))
@@ -801,10 +797,9 @@ def tails(pr, kurtosis):
 def channels(study):
     """Fig. 13: what selectivity (PR over the pictures) goes with, channel by channel: rank correlations.
 
-    The properties: `channel_properties`; errors: bootstrap over channels. PR and kurtosis come from different
-    pictures, because both are made by the same few values.
-    Nulls: the untrained network, whose maps, tuning and stability go with PR as well. Shuffling changes no
-    channel's values and no map, a Gaussian has no maps and kurtosis 3: they do not apply.
+    PR and kurtosis come from different pictures, because both are made by the same few values. Null: the
+    untrained network, whose maps, tuning and stability go with PR as well. (Shuffling changes no channel's
+    values and no map, a Gaussian has no maps and kurtosis 3.)
     """
     chosen, every = study.choose(500, 22), []
     for k, (model, phis) in enumerate([(study.model, study.phi), *zip(study.untrained, study.untrained_phi)]):
@@ -867,8 +862,7 @@ def embedding(study, draws=8):
 
     The integral runs over 5 geometric σ from 0.2 to σ_max, as part of the definition: towards 0 it diverges.
     A, B: least and largest d²/‖φ₁ − φ₂‖², which grow apart with the number of pairs: so percentiles as well.
-    Nulls: does another φ, the untrained network's or shuffled, predict the same d²? (The untrained network's
-    own d² is 0: its x̂ is the mean colour whatever its φ.) A Gaussian's rows belong to no picture.
+    Nulls: does another φ, the untrained network's or shuffled, predict the same d²?
     """
     n = min(study.pairs, len(study.x) // 2)
     pairs, values = study.choose(2 * n, 23).reshape(-1, 2), []

@@ -1693,23 +1693,6 @@ def test_sample_panel_geometry():
     assert sample.panel(samples, target, 32, labels=["a"] * 8).height > 120
 
 
-def test_sample_denoise_in_tiles():
-    # if it failed, a large picture's tiles would be misplaced or overlap too little
-    torch.manual_seed(0)
-    model = UNet(width=8, channels=3, levels=1)
-    for p in model.parameters():
-        p.data.abs_()                          # no path is cut by a ReLU and no two cancel
-    for block in model.blocks.values():        # LayerNorm's statistics are those of a tile; all else is exact
-        for i, module in enumerate(block):
-            if isinstance(module, torch.nn.GroupNorm):
-                block[i] = torch.nn.Identity()
-    y = torch.rand(1, 3, 143, 150)
-    with torch.no_grad():
-        whole, tiles = model.denoise(y), sample.denoise_in_tiles(model, y, 8 * 70 ** 2)
-        assert gap(tiles, whole) < 1e-5 * whole.abs().max()
-        assert torch.equal(sample.denoise_in_tiles(model, y), whole)
-
-
 # Command line
 
 
@@ -1826,7 +1809,7 @@ def test_sample_bad_command_lines(place, monkeypatch, capsys, words, message):
     # if it failed, what a user can mend would be a traceback, or found out only after the work
     checkpoint, words = words.split(": ") if ".pt: " in words else ("c.pt", words)
     if message != "not finite":
-        for name in "around", "sample_unconditional", "denoise_in_tiles":
+        for name in "around", "sample_unconditional":
             monkeypatch.setattr(sample, name, lambda *a, **k: pytest.fail("worked before the check"))
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["sample.py", checkpoint, "--device", "cpu", *words.split()])
