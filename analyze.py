@@ -1173,7 +1173,7 @@ def untrained_networks(study, seeds=3):
 
 
 def add_phi(study, sigmas, key, paths):
-    """Gives the study its φ and those of untrained networks: from phi.npz if of the same key, else computed."""
+    """Gives the study its φ and those of untrained networks: from phi.npz if of the same key, or computed."""
     path, name, codes = os.path.join(study.out, "phi.npz"), json.dumps(key, sort_keys=True), []
     study.untrained = untrained_networks(study)
     with contextlib.suppress(Exception):       # none, or not whole, or not ours: then --force was given

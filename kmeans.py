@@ -19,11 +19,11 @@ class KMeans:
 
     n_clusters: K. init: "k-means++", or (K, d) starting centres (App. B.3: class centroids), then without
     restarts. n_init: restarts; the least inertia wins. max_iter, tol: as `lloyd`, tol in units of a column's
-    mean variance. seed: the same gives the same result. device: where to compute; None: where x is (MPS has
-    no float64: the CPU serves it). progress: called with (restart, iteration, labels changed).
+    mean variance. device: where to compute; None: where x is (MPS has no float64: the CPU serves it).
+    progress: called with (restart, iteration, labels changed).
 
-    After `fit`: cluster_centers_ (K, d), labels_ (n,), inertia_ (the sum of squared distances, the unit of x
-    squared), n_iter_; arrays if x was an array, tensors if it was a tensor.
+    After `fit`: cluster_centers_ (K, d), labels_ (n,), inertia_ (the sum of squared distances), n_iter_;
+    arrays if x was an array, tensors if it was a tensor.
     """
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
@@ -142,7 +142,7 @@ class NearestCenters:
         self.compare(i, c, torch.arange(len(c), device=c.device))
 
     def compare(self, i, c, moved):
-        """The same of rows i, from the distances to the moved centres; gives the places of those left open."""
+        """The same of rows i, from the distances to the moved centres; gives the places of open ones."""
         label, low, y = self.labels[i], self.low[i], self.x[i]
         gone = torch.zeros(len(c), dtype=torch.bool, device=c.device).index_fill_(0, moved, True)
         own = self.own[i].masked_fill(gone[label], math.inf)

@@ -16,6 +16,7 @@ import hashlib
 import io
 import math
 import os
+import pathlib
 import sys
 import time
 import zipfile
@@ -52,9 +53,8 @@ class UNet(nn.Module):
     y: (N, channels, H, W), x in [0, 1]. `blocks` holds E1…, M, …D1 in the order in which they run, with 2, 3
     and 6 layers; E_k and D_k have width·2^(k-1) channels, M has width·2^levels.
 
-    The network outputs x̂ itself, not the noise. A joint LayerNorm divides the noise's size out of every
-    activation, so a network that had to output σz would have to recover it: at equal training its loss was
-    almost three times as large.
+    The network outputs x̂ itself, not the noise: a joint LayerNorm divides the noise's size out of every
+    activation, so that one that had to output σz had almost three times the loss at equal training.
     """
 
     def __init__(self, width=64, channels=3, levels=3):
@@ -103,14 +103,13 @@ class UNet(nn.Module):
         """x̂(y) for pictures of any size, (N, C, H, W), reflected at the border to a multiple of 2^levels."""
         h, w = y.shape[2:]
         bottom, right = -h % 2 ** self.levels, -w % 2 ** self.levels
-        mode = "reflect" if bottom < h and right < w else "replicate"        # there are fewer pixels to reflect
+        mode = "reflect" if bottom < h and right < w else "replicate"        # too small to be reflected
         return self(F.pad(y, (0, right, 0, bottom), mode))[:, :, :h, :w]
 
     def score(self, y):
         """s(y) = x̂(y) − y = σ² ∇log p_σ(y) (Eq. 2), (N, C, H, W).
 
-        Eq. 1 as printed makes the network's output ≈ +σz, but Algorithm 1 *adds* s: with this sign (s ≈ −σz)
-        both Eq. 2 and Algorithm 1 are right.
+        Eq. 1 as printed makes it ≈ +σz, but Algorithm 1 *adds* s: with this sign it and Eq. 2 are right.
         """
         return self.denoise(y) - y
 
@@ -134,8 +133,8 @@ class UNet(nn.Module):
 def phi(model, x, sigma, draws=1, generator=None, grad=False):
     """φ(x_σ) = E_z[ā_M(x + σz)] (§2.3), the mean over `draws` noise realisations: (N, width·2^levels).
 
-    x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,), in the unit of x. generator: a
-    torch.Generator on x's device. Only E1 … M run; no gradient unless `grad`. Errors: as `encode`.
+    x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,). generator: a torch.Generator on x's
+    device. Only E1 … M run; no gradient unless `grad`. Errors: as `encode`.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     n, c, h, w = x.shape                       # z is drawn channels last, as the network runs
@@ -166,11 +165,9 @@ def load_checkpoint(path, device="cpu"):
     whole checkpoint of ours. Nothing in the file is executed.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data, checkpoint = pathlib.Path(path).read_bytes(), None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    checkpoint = None
     with contextlib.suppress(Exception):                  # a damaged or malicious file raises nearly anything
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.testzip() is None:                 # every member's CRC; torch.load reads none
@@ -213,8 +210,7 @@ def check_outputs(paths, force=False, flag="--out"):
 def write(path):
     """A file to write bytes to, which becomes `path` once it is whole: readers see the old file or the new.
 
-    A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it; a full disk
-    and the like are a UserError.
+    A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it.
     """
     target = os.path.realpath(path)
     temporary = f"{target}.{os.getpid()}.tmp"
