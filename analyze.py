@@ -376,7 +376,7 @@ def sparsity(study):
     study.figure("sparsity", grid([grid(plots, 3, 5), grid(wide, 2)], 1),
                  "Fig. 1, 10. The share of active channels (PR) before and after each block; below, against "
                  "the noise. Paper: it rises in the encoder (E), falls in M and in the decoder (D).")
-    return dict(pictures=len(of_phi), sigma=study.sigma, change=changes[0], phi_pr=of_phi,
+    return dict(pictures=len(here["M"][0]), sigma=study.sigma, change=changes[0], phi_pr=of_phi,
                 pr_input={b: v[0] for b, v in here.items()}, pr_output={b: v[1] for b, v in here.items()},
                 claims=claims)
 
