@@ -1,4 +1,4 @@
-"""Every figure of the paper for a trained network, and a verdict on every claim (paper A: §2.2–3, App. B).
+"""The figures of the paper for a trained network, and a verdict on every claim (paper A: §2.2–3, App. B).
 
     python analyze.py ckpt.pt                              # the held-out pictures of its training -> figures/
     python analyze.py ckpt.pt --data photos --images 10000
