@@ -130,7 +130,9 @@ class NearestCenters:
         """The labels (n,), in place, now that the centres `moved` (k,) of c (K, d) have moved; None: all."""
         chunks = [slice(a, a + self.rows) for a in range(0, len(self.x), self.rows)]
         if moved is not None and len(moved) <= 0.7 * len(c):       # else bounds decide little
-            left = [self.compare(i, c, moved) + i.start for i in chunks if len(moved)]
+            gone = torch.zeros(len(c), dtype=torch.bool, device=c.device).index_fill_(0, moved, True)
+            self.own[gone[self.labels]], some = math.inf, c[moved]
+            left = [self.compare(i, some, moved) + i.start for i in chunks if len(moved)]
             chunks = torch.cat(left).split(self.rows) if left else []
         for i in chunks:
             self.search(i, c)
@@ -142,19 +144,17 @@ class NearestCenters:
         self.compare(i, c, torch.arange(len(c), device=c.device))
 
     def compare(self, i, c, moved):
-        """The same of rows i, from the distances to the moved centres; gives the places of open ones."""
-        label, low, y = self.labels[i], self.low[i], self.x[i]
-        gone = torch.zeros(len(c), dtype=torch.bool, device=c.device).index_fill_(0, moved, True)
-        own = self.own[i].masked_fill(gone[label], math.inf)
-        c = c[moved]
-        d2 = torch.addmm((c * c).sum(1), y, c.T, alpha=-2)                     # (m, k)
+        """The same, `own` being ∞ where it has moved, from the moved centres c (k, d); places left open."""
+        own, low = self.own[i], self.low[i]
+        d2 = torch.addmm((c * c).sum(1), self.x[i], c.T, alpha=-2)             # (m, k)
         near, k = d2.min(1)
         second = d2.scatter_(1, k[:, None], math.inf).amin(1)
-        closer = near < own
-        self.labels[i] = torch.where(closer, moved[k], label)
-        self.own[i] = best = torch.minimum(near, own)
+        best, closer = torch.minimum(near, own), near < own
+        unsure = (best > low).nonzero()[:, 0]
+        self.labels[i] = torch.where(closer, moved[k], self.labels[i])
         self.low[i] = torch.minimum(low, torch.where(closer, torch.minimum(own, second), near))
-        return (best > low).nonzero()[:, 0]
+        self.own[i] = best
+        return unsure
 
 
 def update_sums(sums, x, summed, labels):
