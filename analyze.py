@@ -1,10 +1,11 @@
-"""Every figure of the paper for a trained network, and a verdict on every claim (paper A: §2.2–3, App. B).
+"""Every figure of both papers for a trained network, and a verdict on every claim (paper A: §2.2–3, App. B).
 
     python analyze.py ckpt.pt                              # the held-out pictures of its training -> figures/
     python analyze.py ckpt.pt --data photos --images 10000
     python analyze.py ckpt.pt --only sparsity stability    # two of the analyses
     python analyze.py ckpt.pt --only attributes --pictures cat.jpg dog.jpg
     python analyze.py a.pt b.pt c.pt                       # one kind of network, three seeds: mean and spread
+    python analyze.py a.pt --versus b.pt                   # paper B: training sets without a common picture
     torchrun --nproc_per_node=8 analyze.py ckpt.pt --data photos.npy --images 1300000
 
 It writes one PNG a figure, index.html (figures and claims on one page), results.json (every number) and
@@ -12,6 +13,7 @@ phi.npz, which kmeans.py reads. A verdict can fail: no claim about φ is judged 
 (`Study.alive`), and it holds only against nulls, which have learnt nothing (`Study.replicates`).
 """
 import base64
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -98,6 +100,11 @@ class Study:
         """The noise level of everything that needs just one."""
         return next(iter(self.phi))
 
+    @property
+    def code(self):
+        """φ at that noise level, (n, d)."""
+        return self.phi[self.sigma]
+
     def pictures(self, i):
         """Pictures i as (len(i), C, H, W) in [0, 1] on the device."""
         return to_batch(self.x[np.asarray(i)], self.device)
@@ -128,7 +135,7 @@ class Study:
     @functools.cached_property
     def selectivity(self):
         """PR of every channel over the pictures, (d,), NaN if it is always silent (§2.4)."""
-        return participation_ratio(self.phi[self.sigma].double(), 0).numpy()
+        return participation_ratio(self.code.double(), 0).numpy()
 
     def channels(self):
         """(specialised, common) channels, most selective first: PR below, above Otsu's threshold; or Skip."""
@@ -142,15 +149,14 @@ class Study:
     @functools.cached_property
     def alive(self):
         """Is M in use? `use` {σ: dB lost with another picture's M-maps}, mean `cosine` between pictures,
-        `silent` channels, class agreement, and `why` not, "" if it is. Limits: use at σ = 0.5 below 0.1 dB,
-        cosine above 0.98, more than a tenth of the channels silent: φ is then not what denoises.
+        `silent` channels, class agreement, and `why` not, "" if it is: φ is then not what denoises.
         """
-        found, d = aliveness(self.model, self.pictures(self.choose(256, 9))), self.phi[self.sigma].shape[1]
+        found, d = aliveness(self.model, self.pictures(self.choose(256, 9))), self.code.shape[1]
         rules = {f"use {found['use'][0.5]:.2f} dB at σ 0.5": found["use"][0.5] >= 0.1,
                  f"mean cosine {found['cosine']:.4f} between pictures": found["cosine"] <= 0.98,
                  f"{found['silent']} of {d} channels silent": found["silent"] <= 0.1 * d}
         chosen = self.choose(POOL, 16)
-        agreement = [class_agreement(v[self.sigma][chosen], self.labels[chosen])[0].mean()
+        agreement = [own_class(v[self.sigma][chosen], self.labels[chosen]).mean()
                      for v in (self.phi, *self.untrained_phi)]
         return dict(found, channels=d, agreement=agreement[0], untrained=agreement[1:],
                     why=", ".join(text for text, kept in rules.items() if not kept))
@@ -162,14 +168,13 @@ class Study:
         permuted over the pictures (alike at all σ), three times: the marginals stay, all joint structure
         goes. Gaussian: φ's mean and covariance at the main σ, nothing else, ten draws.
         """
-        code = self.phi[self.sigma]
         if null == "untrained":
             yield from self.untrained_phi
         elif null == "Gaussian":
-            yield from ({self.sigma: gaussian_like(code, self.seed + k)} for k in range(10))
+            yield from ({self.sigma: gaussian_like(self.code, self.seed + k)} for k in range(10))
         else:
             for rng in (self.rng(40, k) for k in range(3)):
-                order = torch.from_numpy(np.stack([rng.permutation(len(code)) for _ in code.T], 1))
+                order = torch.from_numpy(np.stack([rng.permutation(len(self.x)) for _ in self.code.T], 1))
                 yield {s: v.gather(0, order) for s, v in self.phi.items()}
 
     def nulls(self, measure, *names):
@@ -238,9 +243,8 @@ def minorant(x, y):
 def dip(v):
     """Hartigan & Hartigan's dip (1985): the distance of the distribution of v to the nearest unimodal one.
 
-    v: (n,) values, distinct. From 1/(2n) to 1/4. The interval [a, b] of the mode shrinks: its next ends lie
-    where the concave majorant of the distribution and its convex minorant, both over [a, b], are farthest
-    apart, until the distances outside are as large as that.
+    v: (n,) values, distinct. The interval [a, b] of the mode shrinks: its next ends lie where the concave
+    majorant and convex minorant over [a, b] are farthest apart, until distances outside are as large.
     """
     x, counts = np.unique(v, return_counts=True)
     at, a, b, worst = np.cumsum(counts) / len(v), 0, len(x) - 1, 1 / len(v)    # the distribution at a value,
@@ -308,6 +312,11 @@ def less_colour(x):
     return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1)
 
 
+def titled(text, image, width, size=22):
+    """A picture with its title above."""
+    return grid([caption(text, size, width), image], 1, 2)
+
+
 # §2.2, Denoising and channel sparsity (Fig. 1, 10)
 
 @torch.no_grad()
@@ -323,8 +332,8 @@ def block_averages(study, model, chosen, levels):
         for _ in range(draws):
             z = torch.randn(x.shape, generator=generator, device=x.device)
             for name, sides in model.activations(x + sigma * z).items():
-                total[name] = [t + v / draws for t, v in zip(total.get(name, (0, 0)), sides)]
-        out[level] = {name: [v.cpu() for v in sides] for name, sides in total.items()}
+                total[name] = [t + v.cpu() / draws for t, v in zip(total.get(name, (0, 0)), sides)]
+        out[level] = total
     return out
 
 
@@ -332,9 +341,8 @@ def block_averages(study, model, chosen, levels):
 def sparsity(study):
     """Fig. 1, 10: PR of ā at the input and the output of every block, at several σ.
 
-    PR of the mean over draws, one value a picture; change: output − input, (mean, error over pictures). E1
-    and D1, with a picture at one side, are left out. Claims about several blocks are judged by the one in
-    which the change is least in their direction.
+    One value a picture; E1 and D1, with a picture at one side, are left out. Claims about several blocks are
+    judged by the one in which the change is least in their direction.
     Nulls: the untrained network, since random filters and ReLUs change the PR too; for φ's PR shuffling as
     well: is a picture sparser than its channels taken one by one?
     """
@@ -344,7 +352,7 @@ def sparsity(study):
     sides = lambda averages, s: {b: [ratio(v) for v in averages[s][b]] for b in names}
     changes = [{b: mean_se(after - before) for b, (before, after) in sides(v, study.sigma).items()}
                for v in study.averages]
-    here, of_phi = sides(study.averages[0], study.sigma), ratio(study.phi[study.sigma])
+    here, of_phi = sides(study.averages[0], study.sigma), ratio(study.code)
 
     def moves(text, place, kind, sign):
         picked = [b for b in names if b[0] == kind]
@@ -362,14 +370,14 @@ def sparsity(study):
                     study.nulls(lambda v: ratio(v[study.sigma]).mean(), "untrained", "shuffled"), 0, 0.02,
                     0.2 <= of_phi.mean() <= 0.3, "in the range, and not as with shuffled channels")]
     plots = [plot((530, 400), [bars(v, 30, limits(np.concatenate(here[b])), name, color) for v, name, color in
-                               zip(here[b], ("input", "output"), (ORANGE, GREEN))],
+                          zip(here[b], ("input", "output"), (ORANGE, GREEN))],
                   "participation ratio", "pictures", b) for b in names]
     at = [sides(study.averages[0], s) for s in levels]
     mean = {b: np.transpose([np.mean(v[b], 1) for v in at]) for b in names}        # (2, levels)
-    curves = ([line(levels, v[1], b, points=True) for b, v in mean.items()],
-              [line(levels, v[1] - v[0], b, points=True) for b, v in mean.items()] + [rule(y=0)])
-    wide = [plot((796, 520), marks, "noise level σ", label, log="x") for marks, label in
-            zip(curves, ("mean PR of the output", "PR, output − input"))]
+    wide = [plot((796, 520), [line(levels, f(*v), b, points=True) for b, v in mean.items()] + zero,
+                 "noise level σ", label, log="x") for f, zero, label in (
+                     (lambda before, after: after, [], "mean PR of the output"),
+                     (lambda before, after: after - before, [rule(y=0)], "PR, output − input"))]
     study.figure("sparsity", grid([grid(plots, 3, 5), grid(wide, 2)], 1),
                  "Fig. 1, 10. The share of active channels (PR) before and after each block; below, against "
                  "the noise. Paper: it rises in the encoder (E), falls in M and in the decoder (D).")
@@ -384,8 +392,8 @@ def sparsity(study):
 def stability(study):
     """Fig. 2, 11: cos(ā(σ₁ = 0.5), ā(σ₂)) at every block's output against σ₂ ≤ σ_max; means over pictures.
 
-    At σ₂ = σ₁ the two have different noise. E1 is in, as in Fig. 2; D1, whose output is a picture, is not.
-    A constant is perfectly stable, so M's cosine must also exceed that between *different* pictures: `apart`.
+    At σ₂ = σ₁ the two have different noise. D1, whose output is a picture, is left out. A constant is
+    perfectly stable, so M's cosine must also exceed that between *different* pictures: `apart`.
     Nulls: the untrained network (its M is stable too, by averaging). The others say nothing of other blocks.
     """
     names = [b for b in study.averages[0]["again"] if b != "D1"]
@@ -408,14 +416,15 @@ def stability(study):
     mean, sd = ({b: np.array([f(cosines(study.averages[0], b, s)) for s in levels]) for b in names}
                 for f in (np.mean, np.std))
     lead, apart, norm = here["lead"], here["apart"], here["norm_at_0"]
+    nulls = lambda key: dict(untrained=[v[key][0] for v in untrained])
     claims = [
         study.claim(f"M is the most stable block, σ in {inside[0]:g}–{inside[-1]:g}", "Fig. 2, 11",
-                    "M highest", lead, "pictures", dict(untrained=[v["lead"][0] for v in untrained]), 1, 0.01,
+                    "M highest", lead, "pictures", nulls("lead"), 1, 0.01,
                     beyond(lead) and beyond(apart) and apart[0] > 0.02,
                     f"lead over {here['next_best']} in mean cosine; above the cosine of different pictures "
                     f"by {apart[0]:.3f} (at least 0.02)"),
         study.claim("φ collapses to zero as σ → 0", "Fig. 2, App. B.3", "collapses", norm, "pictures",
-                    dict(untrained=[v["norm_at_0"][0] for v in untrained]), -1, 0.05, norm[0] < 0.1,
+                    nulls("norm_at_0"), -1, 0.05, norm[0] < 0.1,
                     f"‖φ‖ at σ = 0 over that at {study.sigma_1:g}, below a tenth")]
     place = np.maximum(levels, 0.005)                      # 0 has no place on a logarithmic axis
     marks = [line(place, m, b, band=(m - sd[b], m + sd[b]) if b == "M" else None, width=9 if b == "M" else 5)
@@ -443,11 +452,10 @@ def selectivity(study):
     """Fig. 3, 12: PR of every channel of φ over the data set; what excites the most and the least selective.
 
     Bimodality: Hartigan's dip test, p from 500 uniform samples of as many channels; one skewed mode does not
-    pass. Error: bootstrap over channels.
-    Nulls: the untrained network's dip. Shuffling keeps every channel's PR over the pictures, and so does a
-    Gaussian's mean and variance: they do not apply.
+    pass. Error: bootstrap over channels. Null: the untrained network's dip (shuffling keeps every channel's
+    PR over the pictures, and so does a Gaussian's mean and variance).
     """
-    every, code, rng = study.selectivity, study.phi[study.sigma], study.rng(12)
+    every, code, rng = study.selectivity, study.code, study.rng(12)
     pr, (special, common) = every[np.isfinite(every)], study.channels()
     found, threshold = dip(pr), otsu(pr)
     p = float(np.mean([dip(rng.random(len(pr))) >= found for _ in range(500)]))
@@ -464,7 +472,7 @@ def selectivity(study):
     for c in shown:
         title = (f"{'specialised' if c in special else 'common'} {c}, PR {every[c]:.2g}; excited by "
                  f"{excited[c]} of {len(code)}")
-        cells.append(grid([caption(title, 22, 528), panel(study.pictures(top[c]), side=170)], 1, 2))
+        cells.append(titled(title, panel(study.pictures(top[c]), side=170), 528))
     study.figure("selectivity", grid([histogram, grid(cells, 3)], 1),
                  "Fig. 3, 12. Over how many pictures each channel is active (PR). Paper: two groups. Below: "
                  "what excites four specialised and two common channels most; do they share anything?")
@@ -478,7 +486,7 @@ def attributes(study):
 
     A channel's response is divided by its root mean square over the data set: channels differ in scale.
     """
-    (special, _), code, cells, numbers = study.channels(), study.phi[study.sigma], [], dict(pictures=[])
+    (special, _), code, cells, numbers = study.channels(), study.code, [], []
     if study.given:
         shape = study.checkpoint["size"], study.model.channels, study.checkpoint["flags"]["patches"]
         x = to_batch(np.stack([load_picture(file, *shape) for file in study.given]), study.device)
@@ -488,18 +496,18 @@ def attributes(study):
         chosen = study.choose(3, 13)
         x, own, names = study.pictures(chosen), code[chosen], [f"picture {i}" for i in chosen]
     relative = (own / code.square().mean(0).sqrt())[:, special.copy()].nan_to_num()
-    for name, picture, (value, at) in zip(names, x, (v.topk(min(3, len(special))) for v in relative)):
+    for name, picture, v in zip(names, x, relative):
+        value, at = v.topk(min(3, len(special)))
         best = special[at.numpy()]
         top = [top_pictures(code, c)[0] for c in best]
-        numbers["pictures"].append(dict(name=name, channels=best, response=value, top=top))
-        cells.append(grid([caption(name, 22, 392), to_image(picture, 380)], 1, 2))
-        for c, v, rows in zip(best, value, top):
-            title = caption(f"channel {c}, PR {study.selectivity[c]:.2g}; {v:.1f} r.m.s.", 22, 392)
-            cells.append(grid([title, panel(study.pictures(rows), side=122)], 1, 2))
+        numbers.append(dict(name=name, channels=best, response=value, top=top))
+        cells += [titled(name, to_image(picture, 380), 392), *(
+            titled(f"channel {c}, PR {study.selectivity[c]:.2g}; {v:.1f} r.m.s.",
+                   panel(study.pictures(rows), side=122), 392) for c, v, rows in zip(best, value, top))]
     study.figure("attributes", grid(cells, 1 + min(3, len(special))),
                  "Fig. 4. Left, a picture; right, what else excites the three specialised channels that "
                  "it excites most. Do they show what the picture is made of?")
-    return numbers
+    return dict(pictures=numbers)
 
 
 # §2.5, Denoising and emergent semantic similarity (Fig. 5, 14)
@@ -537,19 +545,16 @@ def subspace_gap(code, targets, k=3):
 def neighbours(study):
     """Fig. 5, 14: nearest pictures by cosine of φ and of pixels; class agreement; union of subspaces.
 
-    Agreement: the share of the ten nearest that are of the query's class. Subspaces: `subspace_gap`.
     Nulls: the untrained network's lead; shuffled φ, which agrees with the classes by chance alone. A
     Gaussian's rows belong to no picture: it applies to the subspaces only, where it and shuffling ask whether
     neighbours share directions just because they are neighbours.
     """
     chosen = study.choose(POOL, 16)
-    pixels, code = to_batch(study.x[chosen], "cpu"), study.phi[study.sigma][chosen]
+    pixels, code = to_batch(study.x[chosen], "cpu"), study.code[chosen]
     labels, targets = study.labels[chosen], study.rng(17).permutation(len(chosen))[:20]
     spaces = {"φ": code, "pixels": pixels.flatten(1), "pixels less their mean colour": less_colour(pixels)}
-    same = {s: class_agreement(v, labels)[0] for s, v in spaces.items()}
-    chance = class_agreement(code, labels)[1]
-    nulls = study.nulls(lambda v: class_agreement(v[study.sigma][chosen], labels)[0].mean(), "untrained",
-                        "shuffled")
+    same, chance = {s: own_class(v, labels) for s, v in spaces.items()}, class_agreement(code, labels)[1]
+    nulls = study.nulls(lambda v: own_class(v[study.sigma][chosen], labels).mean(), "untrained", "shuffled")
     gaps = subspace_gap(code, targets)
 
     def more_than(space, text, paper):
@@ -566,8 +571,8 @@ def neighbours(study):
                     study.nulls(lambda v: subspace_gap(v[study.sigma][chosen], targets).mean(), "untrained",
                                 "shuffled", "Gaussian"), 1, 0.02, beyond(mean_se(gaps)),
                     "energy of neighbours in their own three directions less that in another group's")]
-    sheets = [grid([caption(f"nearest in {s} to the framed picture", 24, 790),
-                    panel(pixels[nearest(spaces[s], [query], 8)[0]], pixels[query, None], side=256)], 1, 2)
+    sheets = [titled(f"nearest in {s} to the framed picture", panel(
+        pixels[nearest(spaces[s], [query], 8)[0]], pixels[query, None], side=256), 790, 24)
               for query, _ in two_groups(code, targets[0], 2) for s in ("φ", "pixels")]
     study.figure("neighbours", grid(sheets, 2),
                  "Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ "
@@ -584,8 +589,8 @@ def draw_subspaces(study, code, target):
     axes = [int(special[contrast.argmax()]), int(special[contrast.argmin()]), int(common[-1])]
     groups = [code[rows][:, axes] for rows in members]
     names = [f"φ[{c}], {kind}" for c, kind in zip(axes, ("specialised", "specialised", "common"))]
-    plots = [plot((530, 480), [dots(g[:, i], g[:, j], label) for g, label in
-                               zip(groups, ("first group", "second group"))], names[i], names[j])
+    plots = [plot((530, 480), [dots(groups[0][:, i], groups[0][:, j], "first group"),
+                               dots(groups[1][:, i], groups[1][:, j], "second group")], names[i], names[j])
              for i, j in ((0, 1), (0, 2), (1, 2))]
     study.figure("subspaces", grid(plots, 3, 5),
                  "Fig. 5. Three components of φ for two groups of neighbours. Paper: either group leaves one "
@@ -629,18 +634,17 @@ def clustering(study, phis, K, truth):
         out |= dict(classes=mean_se(spaced(code, truth, study.rng(19))[1]), start_seeds=ari(one, two),
                     start=mean_se([ari(moved, one), ari(moved, two)]),
                     start_classes=ari(moved[known], truth[known]))
-    lead = np.subtract(out["ratio"], out["classes"])[0], math.hypot(out["ratio"][1], out["classes"][1])
-    return dict(out, lead=lead)
+    (ratio, error), (other, other_error) = out["ratio"], out["classes"]
+    return dict(out, lead=(ratio - other, math.hypot(error, other_error)))
 
 
 @analysis(4, "clusters", "cluster-members")
 def clusters(study):
     """Fig. 6, 15, 16: K-means on φ; how far apart clusters are, beside classes; how stable the clusters are.
 
-    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Ratio: distance of two
-    centroids over the SD along the line that joins them, up to 100 random pairs.
-    Nulls: all three, because K-means makes separated clusters of anything; rows of the Gaussian and shuffled
-    ones keep the labels, which then mean nothing. The Gaussian has no second σ.
+    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Nulls: all three,
+    because K-means makes separated clusters of anything; rows of the Gaussian and shuffled ones keep the
+    labels, which then mean nothing. The Gaussian has no second σ.
     """
     n, known, done = len(study.x), study.labels >= 0, iter(range(1, 100))
     K = study.clusters or max(2, min(100, n // 20))
@@ -674,9 +678,10 @@ def clusters(study):
               "two seeds", 0.05, least("start", max(start_seeds - 0.1, classes)),
               f"Rand index to random starts; at least that between these, {start_seeds:.2f}, less 0.1, and "
               f"that to the classes, {classes:.2f}")]
-    gauss, code = next(study.replicates("Gaussian"))[study.sigma], study.phi[study.sigma]
-    maps = draw_clusters(study, {"clusters": (code, here["labels"]), "Gaussian control": (
-        gauss, nulls["Gaussian"][0]["labels"]), "classes": (code, truth)})
+    maps = draw_clusters(study, {
+        "clusters": (study.code, here["labels"]), "Gaussian control": (
+            next(study.replicates("Gaussian"))[study.sigma], nulls["Gaussian"][0]["labels"]),
+        "classes": (study.code, truth)})
     return dict(here, **maps, clusters=K, pictures=n, sizes=np.bincount(here["labels"], minlength=K),
                 claims=claims)
 
@@ -685,9 +690,9 @@ def draw_clusters(study, groups):
     """Fig. 6, of {name: (φ (n, d), labels (n,))}: distances of pairs against SD, their ratio, t-SNE of seven
     groups; members of ten clusters. Returns the t-SNEs."""
     size, rng, labels, maps = (530, 440), study.rng(20), groups["clusters"][1], {}
-    found = {name: spaced(v, of, rng) for name, (v, of) in groups.items()}
-    found = {name: (*v, color) for (name, v), color in zip(found.items(), (BLUE, GRAY, ORANGE))
-             if np.isfinite(v[1]).all()}
+    found = {name: (*spaced(v, of, rng), color) for (name, (v, of)), color in
+             zip(groups.items(), (BLUE, GRAY, ORANGE))}
+    found = {name: v for name, v in found.items() if np.isfinite(v[1]).all()}
     top = 1.05 * np.concatenate([np.zeros((1, 2)), *(pairs for pairs, _, _ in found.values())]).max(0)
     two = line([0, top[1]], [0, 2 * top[1]], "2 SD", RED)
     plots = [plot(size, [dots(pairs[:, 1], pairs[:, 0], name, color), two], "SD along the line",
@@ -708,10 +713,10 @@ def draw_clusters(study, groups):
     study.figure("clusters", grid(plots or [caption("too few pictures for pairs of clusters")], 3, 5),
                  "Fig. 6. Distance of two clusters' centres against their width along the line that joins "
                  "them. Paper: all pairs of clusters lie above the line of 2 SD, classes overlap more.")
-    ten = rng.permutation(np.argsort(-np.bincount(labels))[:10])
-    members = [rng.permutation(np.flatnonzero(labels == c)) for c in ten]
-    rows = [(f"{c} ({len(m)})", study.pictures(m[:12])) for c, m in zip(ten, members)]
-    study.figure("cluster-members", picture_rows(rows, side=112),
+    members = [(c, rng.permutation(np.flatnonzero(labels == c)))
+               for c in rng.permutation(np.argsort(-np.bincount(labels))[:10])]
+    study.figure("cluster-members", picture_rows([(f"{c} ({len(m)})", study.pictures(m[:12]))
+                                                  for c, m in members], side=112),
                  "Fig. 6, 15, 16. Random members of ten large clusters, one a row (how many there are). "
                  "Paper: they share the gist of the scene, not the class.")
     return maps
@@ -721,11 +726,11 @@ def draw_clusters(study, groups):
 
 @torch.no_grad()
 def map_statistics(study, model, chosen):
-    """Running sums over E_z[a_M(x + σz)], (m, d, h, w), at the study's σ: (spatial PR (d,), dimension (d,)).
+    """Of E_z[a_M(x + σz)] at the study's σ, by running sums over pictures: (spatial PR (d,), dimension (d,)).
 
     Spatial PR: over the h·w places of a map, averaged over pictures with weight φ[i], since the map of a
     silent channel has no shape. Dimension: of the maps seen as vectors of h·w numbers, (Σλ)²/Σλ² over the
-    eigenvalues λ of their covariance. Only sums are kept: d·(hw)² numbers, however many pictures there are.
+    eigenvalues λ of their covariance.
     """
     weight = weighted = total = second = 0
     for a in range(0, len(chosen), BATCH):
@@ -747,18 +752,17 @@ def map_statistics(study, model, chosen):
 def gratings(size, channels, frequencies, angles, phases=4):
     """Sinusoids around 0.5: (frequencies, orientations, phases, channels, size, size); cycles a picture."""
     place = (torch.arange(size) + 0.5) / size
-    f, angle = (torch.as_tensor(np.asarray(v), dtype=torch.float32) for v in (frequencies, angles))
-    along = angle.cos()[:, None, None] * place + angle.sin()[:, None, None] * place[:, None]
-    turn = 2 * math.pi * torch.arange(phases) / phases
-    wave = 0.5 + 0.5 * torch.sin(2 * math.pi * f[:, None, None, None, None] * along[None, :, None]
-                                 + turn[:, None, None])
-    return wave[:, :, :, None].expand(-1, -1, -1, channels, -1, -1)
+    f, angle, turn = (v[..., None, None, None] for v in torch.meshgrid(
+        *(torch.as_tensor(np.asarray(v), dtype=torch.float32) for v in (frequencies, angles)),
+        2 * math.pi * torch.arange(phases) / phases, indexing="ij"))
+    along = angle.cos() * place + angle.sin() * place[:, None]
+    return (0.5 + 0.5 * torch.sin(2 * math.pi * f * along + turn)).expand(-1, -1, -1, channels, -1, -1)
 
 
 def tuning(study, model, count=8):
     """Mean φ over the phases of each grating less φ of a gray field: (d, frequencies, orientations)."""
-    frequencies = np.geomspace(1, study.checkpoint["size"] / 3, count)
-    bank = gratings(study.checkpoint["size"], model.channels, frequencies, np.arange(count) * math.pi / count)
+    size, angles = study.checkpoint["size"], np.arange(count) * math.pi / count
+    bank = gratings(size, model.channels, np.geomspace(1, size / 3, count), angles)
     flat = torch.cat([bank.flatten(0, 2), torch.full((8, *bank.shape[3:]), 0.5)]).to(study.device)
     code = torch.cat([phi(model, part, study.sigma, study.draws, study.noise(21, k))
                       for k, part in enumerate(flat.split(BATCH))]).cpu()
@@ -798,10 +802,9 @@ def tails(pr, kurtosis):
 def channels(study):
     """Fig. 13: what selectivity (PR over the pictures) goes with, channel by channel: rank correlations.
 
-    The properties: `channel_properties`; errors: bootstrap over channels. PR and kurtosis come from different
-    pictures, because both are made by the same few values.
-    Nulls: the untrained network, whose maps, tuning and stability go with PR as well. Shuffling changes no
-    channel's values and no map, a Gaussian has no maps and kurtosis 3: they do not apply.
+    PR and kurtosis come from different pictures, because both are made by the same few values. Null: the
+    untrained network, whose maps, tuning and stability go with PR as well. (Shuffling changes no channel's
+    values and no map, a Gaussian has no maps and kurtosis 3.)
     """
     chosen, every = study.choose(500, 22), []
     for k, (model, phis) in enumerate([(study.model, study.phi), *zip(study.untrained, study.untrained_phi)]):
@@ -819,15 +822,15 @@ def channels(study):
             sign * rho > chance if math.isfinite(rho) else None,
             f"rank correlation with PR, 95 % in [{low:.2f}, {high:.2f}], beyond chance, {chance:.2f}")
 
-    (near, contrast), *contrasts = (tails(v["pr"], v["kurtosis"]) for v in every)
-    contrasts = [v[1] for v in contrasts]
+    (near, contrast), *others = (tails(v["pr"], v["kurtosis"]) for v in every)
     samples = study.rng(24).integers(len(found["pr"]), size=(100, len(found["pr"])))
-    known, spread = math.isfinite(contrast), [tails(found["pr"][i], found["kurtosis"][i])[1] for i in samples]
+    spread = [tails(found["pr"][i], found["kurtosis"][i])[1] for i in samples]
+    known = math.isfinite(contrast)
     further = (contrast, np.nanstd(spread) if known else math.nan)
     claims = [
         goes("specialised channels have heavier tails", "Fig. 13", "heavy tails", "kurtosis", -1),
         study.claim("… and common channels are near-Gaussian", "Fig. 13, App. B.2", "closer to Gaussian",
-                    further, "channels", dict(untrained=contrasts), 1, 0.5,
+                    further, "channels", dict(untrained=[v[1] for v in others]), 1, 0.5,
                     near < 1 and beyond(further) if known else None,
                     f"median |kurtosis − 3| is {near:.2f} for common channels (below 1), and by how much "
                     "more for specialised ones"),
@@ -841,7 +844,7 @@ def channels(study):
 
 def draw_channels(study, found, correlation):
     """Fig. 13: marginals of four specialised and four common channels; every property against PR."""
-    code, pr, (special, common) = study.phi[study.sigma].numpy(), found["pr"], study.channels()
+    code, pr, (special, common) = study.code.numpy(), found["pr"], study.channels()
     marginals = [plot((395, 300), [bars(code[:, c], 40, color=color)], f"φ[{c}]", "pictures",
                       f"{name}, PR {study.selectivity[c]:.2g}") for name, group, color in
                  (("specialised", special[:4], ORANGE), ("common", common[::-1][:4], BLUE)) for c in group]
@@ -864,8 +867,7 @@ def embedding(study, draws=8):
 
     The integral runs over 5 geometric σ from 0.2 to σ_max, as part of the definition: towards 0 it diverges.
     A, B: least and largest d²/‖φ₁ − φ₂‖², which grow apart with the number of pairs: so percentiles as well.
-    Nulls: does another φ, the untrained network's or shuffled, predict the same d²? (The untrained network's
-    own d² is 0: its x̂ is the mean colour whatever its φ.) A Gaussian's rows belong to no picture.
+    Nulls: does another φ, the untrained network's or shuffled, predict the same d²?
     """
     n = min(study.pairs, len(study.x) // 2)
     pairs, values = study.choose(2 * n, 23).reshape(-1, 2), []
@@ -875,43 +877,37 @@ def embedding(study, draws=8):
                                            study.noise(24, k), max_iters=60))
         study.progress((k + 1) / n, f"Eq. 4, pair {k + 1} of {n}")
     d2, error, integrand, matched = (np.array([np.asarray(v, float) for v in part]) for part in zip(*values))
-    square = lambda code: (code[pairs[:, 0]] - code[pairs[:, 1]]).double().square().sum(1).numpy().clip(1e-30)
+    square = lambda phis: (phis[study.sigma][pairs[:, 0]] - phis[study.sigma][pairs[:, 1]]
+                           ).double().square().sum(1).numpy().clip(1e-30)
     span = lambda ratio: float(np.log(ratio.max() / ratio.min())) if ratio.min() > 0 else math.nan
-    here = square(study.phi[study.sigma])
+    here = square(study.phi)
     ratio, (rho, sd, low, high) = d2 / here, bootstrap(here, d2, study.rng(25))
     spread = np.std([span(ratio[i]) for i in study.rng(26).integers(n, size=(200, n))])
     largest, percentiles = math.exp(span(ratio)), np.divide(*np.quantile(ratio, [0.95, 0.05]))
+    nulls = lambda measure: study.nulls(measure, "untrained", "shuffled")
     claims = [
         study.claim("distance of φ strongly predicts the distance of densities", "Fig. 8", "strongly",
-                    (rho, sd), "pairs", study.nulls(lambda v: rank_correlation(square(v[study.sigma]), d2),
-                                                    "untrained", "shuffled"), 1, 0.1,
+                    (rho, sd), "pairs", nulls(lambda v: rank_correlation(square(v), d2)), 1, 0.1,
                     rho > 0.5 and low > 0 if math.isfinite(sd) else None,
                     f"rank correlation of {n} pairs, above 0.5; 95 % in [{low:.2f}, {high:.2f}]; "
                     f"{matched.mean():.0%} of the y could be matched"),
         study.claim("embedding inequality (3) with B/A = 2.9", "Fig. 8", "log 2.9 = 1.06",
-                    (span(ratio), spread), "pairs", study.nulls(lambda v: span(d2 / square(v[study.sigma])),
-                                                                "untrained", "shuffled"), -1, 0.2,
+                    (span(ratio), spread), "pairs", nulls(lambda v: span(d2 / square(v))), -1, 0.2,
                     largest <= 2.9, f"log B/A; B/A = {largest:.1f} over {n} pairs, 95th over 5th percentile "
                     f"{percentiles:.1f}")]
-    numbers = dict(pairs=pairs, sigmas=sigmas, kl=d2, kl_error=error, phi_squared_distance=here,
-                   interval=[low, high], matched=matched.mean(0), integrand=integrand, rank_correlation=rho,
-                   A=ratio.min(), B=ratio.max(), B_over_A=largest, percentiles=percentiles, claims=claims)
-    draw_embedding(study, numbers)
-    draw_scores(study, pairs[int(np.argsort(here)[n // 2])])
-    return numbers
-
-
-def draw_embedding(study, numbers):
-    """Fig. 8: d² against ‖φ₁ − φ₂‖², with the lines of A and B."""
-    here, d2 = numbers["phi_squared_distance"], numbers["kl"]
     ends = np.array(limits(here, True))
     marks = [dots(here, d2, "pairs; bar: one standard error", BLUE, 7),
              *(line([s, s], [max(v - e, v / 100), v + e], None, BLUE, width=3)
-               for s, v, e in zip(here, d2, numbers["kl_error"])),
-             *(line(ends, numbers[k] * ends, k, color) for k, color in (("A", GREEN), ("B", RED)))]
-    image = plot((1600, 800), marks, "‖φ₁ − φ₂‖²", "symmetrised KL (nats), Eq. 4", log="xy")
-    study.figure("embedding", image, "Fig. 8. How different the pictures that share φ₁ are from those that "
-                 f"share φ₂. B/A = {numbers['B_over_A']:.1f}. Paper: a narrow band, B/A = 2.9.")
+               for s, v, e in zip(here, d2, error)),
+             line(ends, ratio.min() * ends, "A", GREEN), line(ends, ratio.max() * ends, "B", RED)]
+    study.figure("embedding", plot((1600, 800), marks, "‖φ₁ − φ₂‖²", "symmetrised KL (nats), Eq. 4",
+                                   log="xy"),
+                 "Fig. 8. How different the pictures that share φ₁ are from those that share φ₂. "
+                 f"B/A = {largest:.1f}. Paper: a narrow band, B/A = 2.9.")
+    draw_scores(study, pairs[int(np.argsort(here)[n // 2])])
+    return dict(pairs=pairs, sigmas=sigmas, kl=d2, kl_error=error, phi_squared_distance=here,
+                interval=[low, high], matched=matched.mean(0), integrand=integrand, rank_correlation=rho,
+                A=ratio.min(), B=ratio.max(), B_over_A=largest, percentiles=percentiles, claims=claims)
 
 
 @torch.no_grad()
@@ -984,10 +980,9 @@ def matching(study, m=16):
         return own - (cosine.sum(1) - own) / (len(found) - 1)
 
     own, controls = layout(samples), []
-    for k, network in enumerate(study.untrained):
-        begin = 0.4 + 0.2 * k
-        controls.append(layout(algorithm_1(study, Borrowed(study.model, network), x[:8], 1, 27, begin,
-                                           begin + 0.2)[0]).mean())
+    for begin, network in zip((0.4, 0.6, 0.8), study.untrained):
+        told = algorithm_1(study, Borrowed(study.model, network), x[:8], 1, 27, begin, begin + 0.2)[0]
+        controls.append(layout(told).mean())
     change = {name: np.abs(np.median(b / a, 1) - 1) for name, a, b in (
         ("noisy pictures", before, after), ("random step", before, random),
         ("Algorithm 1", inside[0][high], inside[1][high]))}
@@ -1021,8 +1016,7 @@ def reconstruction(study, samples=8):
     for begin, model, text in ((0, study.model, "told φ of the framed picture"), (
             0.4, Borrowed(study.model, study.untrained[0]), "control: told φ of an untrained network")):
         found = algorithm_1(study, model, x, samples, 31, begin, begin + 0.4)[0]
-        sheets += [grid([caption(text, 24, 790), panel(v, target[None], side=256)], 1, 2)
-                   for v, target in zip(found, x)]
+        sheets += [titled(text, panel(v, target[None], side=256), 790, 24) for v, target in zip(found, x)]
     generators = [seeded("cpu", study.seed, 34, i) for i in range(16)]
     mean = torch.tensor(study.checkpoint["mean"], device=study.device)
     free, steps = sample_unconditional(study.model, mean, x.shape[1:], generators, study.sigma_max,
@@ -1473,10 +1467,9 @@ def alive_line(alive):
     dead = f"φ is NOT alive, by {alive['why']}: no claim on it has a verdict." if alive["why"] else ""
     text = (f"{dead or 'φ is alive:'} use of M {use} dB; cosine of φ between pictures {alive['cosine']:.4f}; "
             f"{alive['silent']} of {alive['channels']} channels silent")
-    if math.isnan(alive["agreement"]):
-        return text
     untrained = ", ".join(f"{v:.3f}" for v in alive["untrained"])
-    return f"{text}; class agreement {alive['agreement']:.3f}, untrained {untrained}"
+    classes = f"; class agreement {alive['agreement']:.3f}, untrained {untrained}"
+    return text + classes * math.isfinite(alive["agreement"])
 
 
 def over_networks(tables):
@@ -1524,10 +1517,11 @@ def write_page(out, title, scale, alive, claims, captions, settings):
                f'src="data:image/png;base64,{encoded(name)}"></figure>' for name, text in captions.items()]
     rows = [f'<tr><td class="{c["verdict"].split()[0]}">{c["verdict"]}<td><b>{safe(c["claim"])}</b> '
             f'({safe(c["place"])})<br>{safe(words(c))}' for c in claims]
+    page = PAGE.format(title=safe(title), scale=safe(scale), alive=safe(alive), rows="\n".join(rows),
+                       figures="\n".join(figures),
+                       settings=safe("; ".join(f"{k} {v}" for k, v in settings.items())))
     with write(os.path.join(out, "index.html")) as file:
-        file.write(PAGE.format(title=safe(title), scale=safe(scale), alive=safe(alive), rows="\n".join(rows),
-                               figures="\n".join(figures), settings="; ".join(
-                                   f"{safe(k)} {safe(v)}" for k, v in settings.items())).encode())
+        file.write(page.encode())
 
 
 def plain(value):
@@ -1541,6 +1535,12 @@ def plain(value):
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
+
+
+def write_json(path, value):
+    """Write `plain` of a value, whole or not at all."""
+    with write(path) as file:
+        file.write(json.dumps(plain(value)).encode())
 
 
 # Running
@@ -1583,34 +1583,30 @@ def untrained_networks(study, seeds=3):
 
 
 def add_phi(study, sigmas, key, paths):
-    """Gives the study its φ and those of untrained networks: from phi.npz if of the same key, else computed.
+    """Gives the study its φ and those of untrained networks: from phi.npz if of the same key, or computed.
 
     Returns whether this process goes on: under torchrun, only the first one does.
     """
     path, name, codes = os.path.join(study.out, "phi.npz"), json.dumps(key, sort_keys=True), []
     study.untrained = untrained_networks(study)
-    try:
+    with contextlib.suppress(Exception):       # none, or not whole, or not ours: then --force was given
         with np.load(path) as file:
             if str(file["key"]) == name:
                 codes = [np.concatenate([file["phi"][None], file["other_phi"]]), *file["untrained"]]
-    except Exception:                          # none, or not whole, or not ours: then --force was given
-        codes = []
-    saved = bool(codes)
-    if not saved:
+    if not codes:
         found = compute_phi([study.model, *study.untrained], study.x, [sigmas] + 3 * [sigmas[:2]],
                             study.draws, study.seed, study.device, study.progress)
         codes = [np.stack([v.numpy() for v in phis.values()]) for phis in found]   # (σ, n, d) a network
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return False
-    if not all(np.isfinite(v).all() for v in codes):
-        raise UserError("φ is not finite; is the checkpoint damaged?")
-    study.phi, *study.untrained_phi = [dict(zip(sigmas, map(torch.from_numpy, v))) for v in codes]
-    if not saved:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return False
+        if not all(np.isfinite(v).all() for v in codes):
+            raise UserError("φ is not finite; is the checkpoint damaged?")
         with write(path) as file:
             np.savez(file, phi=codes[0][0], other_phi=codes[0][1:], untrained=np.array(codes[1:]),
                      paths=np.array(paths), sigma=np.array(sigmas), labels=study.labels,
                      checkpoint=key["checkpoint"], key=name)
-    return True
+    study.phi, *study.untrained_phi = [dict(zip(sigmas, map(torch.from_numpy, v))) for v in codes]
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def arguments():
@@ -1685,14 +1681,8 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
     study, key, paths, where = prepare(flags, path, model, checkpoint, device)
     old, study.out = earlier_results(out, key, flags.force), out
     wanted = {name: f for name, f in ANALYSES.items() if not flags.only or name in flags.only}
-    done, whole = 0, 60 + sum(f.share for f in wanted.values())
-
-    def begin(name, share):
-        nonlocal done
-        before, done = done, done + share
-        study.progress = lambda f, text: progress((before + share * f) / whole, f"{name}: {text}")
-
-    begin("φ", 60)
+    done, whole = 60, 60 + sum(f.share for f in wanted.values())
+    study.progress = lambda f, text: progress(60 * f / whole, f"φ: {text}")
     if not add_phi(study, key["sigmas"], key, paths):
         return None
     side, seen = checkpoint["size"], checkpoint["training"]["pictures_seen"]
@@ -1704,17 +1694,16 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
                   training=checkpoint["training"], alive=study.alive,
                   **{k: old.get(k, {}) for k in ("analyses", "captions", "seconds")})
     for name, function in wanted.items():
-        begin(name, function.share)
+        study.progress = lambda f, text: progress((done + function.share * f) / whole, f"{name}: {text}")
         start = time.monotonic()
         try:
             record["analyses"][name] = function(study)
         except Skip as reason:
             record["analyses"][name] = dict(skipped=str(reason))
             say(f"{name}: left out: {reason}")
-        record["seconds"][name] = time.monotonic() - start
+        record["seconds"][name], done = time.monotonic() - start, done + function.share
         record["captions"] |= study.captions
-        with write(os.path.join(out, "results.json")) as file:
-            file.write(json.dumps(plain(record)).encode())
+        write_json(os.path.join(out, "results.json"), record)
     claims = lambda names: [c for name in names for c in record["analyses"].get(name, {}).get("claims", [])]
     write_page(out, f"What {os.path.basename(path)} represents", scale, alive_line(study.alive),
                claims(ANALYSES), record["captions"], dict(vars(flags), device=device))
@@ -1786,9 +1775,9 @@ def main():
         load_picture(path, *(networks[0][2]["flags"][k] for k in ("size", "channels", "patches")))
     if "RANK" in os.environ:                   # started by torchrun; only CPU tensors are exchanged
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    for k, (path, model, checkpoint) in enumerate(networks):
+    for k, network in enumerate(networks):
         out = os.path.join(flags.out, stems[k] if len(networks) > 1 else "")
-        tables.append(analyse(flags, path, model, checkpoint, out, device,
+        tables.append(analyse(flags, *network, out, device,
                               lambda f, text: progress((k + f) / len(networks), text)))
     if len(networks) > 1 and tables[0] is not None:
         rows, names, captions = over_networks(tables), ", ".join(stems), {}
@@ -1796,8 +1785,7 @@ def main():
             rows, captions = rows + [compare_regularity(flags.out, stems)], dict(regularity=REGULARITY)
         say(f"{len(networks)} networks: {names}")
         say_claims(rows)
-        with write(os.path.join(flags.out, "networks.json")) as file:
-            file.write(json.dumps(plain(dict(checkpoints=flags.checkpoint, claims=rows))).encode())
+        write_json(os.path.join(flags.out, "networks.json"), dict(checkpoints=flags.checkpoint, claims=rows))
         write_page(flags.out, f"{len(networks)} networks", "mean ± SD over networks", names, rows, captions,
                    vars(flags))
     if dist.is_initialized():

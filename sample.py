@@ -68,16 +68,10 @@ class Memory:
     """What makes Algorithm 2 fast: the last steps ΔX of each picture and the changes ΔΦ of φ they caused.
 
     A combination of them first removes what it can of r = φ(x) − φ_c, as in Anderson acceleration and GMRES;
-    the gradient step removes the rest, and is then shorter, 0.3 η. It costs no gradients.
-
-    It serves near φ_c, where φ is nearly linear in x; far from it, it walks off. So it is used for the first
-    25 gradients only, and not after a step that raised L. Where φ_c is hard to reach, ∇L vanishes and η
-    explodes: no step is longer than 0.1 r.m.s.
-
-    Measured (textures, width 16, two networks): 80 noisy pictures each were to take the φ of another one,
-    σ = 0.03 … 0.4. With this 80 and 80 did, in 12 and 24 gradients each; without memory 80 and 80, in 17 and
-    40; with twenty steps kept throughout 63 and 48, which made φ_c look out of reach. Algorithm 1 needs 11
-    and 12 gradients a level; without memory 36 and 50; with twenty steps 10 and 18.
+    the gradient step removes the rest, and is then shorter, 0.3 η. It costs no gradients. Far from φ_c, where
+    φ is not nearly linear in x, it walks off: so it is used for the first 25 gradients only, and not after a
+    step that raised L, and no step is longer than 0.1 r.m.s. (80 pictures, each to take the φ of another one:
+    all do, in 12 gradients instead of 17; with twenty steps kept throughout, 63 do.)
     """
 
     def __init__(self, size):
@@ -110,8 +104,7 @@ class Memory:
 def never_alone(f, x):
     """f(x), with a lone row x (1, …) computed as one of two: alone it is rounded in another way (CPU).
 
-    Matching amplifies the 1e-6: after ten levels a sample drawn alone differed by 7/255 from the same sample
-    among others. Batches of two and more agree to the bit.
+    Matching amplifies the 1e-6 to 7/255 in ten levels. Batches of two and more agree to the bit.
     """
     return f(x if len(x) > 1 else torch.cat([x, x]))[:len(x)]
 
@@ -123,14 +116,13 @@ def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_it
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
     target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
-    sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample; sample i depends on generator i and on
-    its φ_c alone, not on how many are drawn: to the bit on a CPU; other devices may round by batch size.
-    Returns the samples and for each of σ_T … σ_1 a dict: Algorithm 2's, σ, and σ̂ before and after matching.
+    sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample; on a CPU sample i depends on generator
+    i and on its φ_c alone, not on how many are drawn; other devices may round by batch size. Returns the
+    samples and for each of σ_T … σ_1 a dict: Algorithm 2's, σ, and σ̂ before and after matching.
 
-    As printed, the last step, from σ_0, is made without matching. (With it, φ ends nearer the target, 0.11
-    instead of 0.14 of the distance between two pictures, and the noise left is the same; 24 samples.) A full
-    step x + s(x) is the posterior mean, which contracts: for Gaussian data of variance λ (and no matching)
-    the variance obeys v ← (λ/(λ + σ_t²))² v + σ²_{t−1} and ends below λ.
+    As printed, the last step, from σ_0, is made without matching. A full step x + s(x) is the posterior mean,
+    which contracts: for Gaussian data of variance λ (and no matching) the variance obeys
+    v ← (λ/(λ + σ_t²))² v + σ²_{t−1} and ends below λ.
     """
     x, levels = mean.view(-1, 1, 1) + sigmas[0] * noise(shape, generators, mean.device), []   # N(m, σ_T² I)
     for t, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
@@ -148,8 +140,7 @@ def around(model, checkpoint, targets, samples, sigmas, seed=0, draws=1, **optio
     """Algorithm 1 around several targets at once: [samples (S, C, H, W)] in their order, and the levels.
 
     targets: [(pictures (P, C, H, W), weights (P,) or None)]. options, levels: as for `reconstruct`, rows of
-    the first target first. The samples of one target share its noise: printed for one sample, Algorithm 1
-    does not say; so it costs one φ a level, and they differ by their own noise alone.
+    the first target first. The samples of one target share its noise: they differ by their own alone.
     """
     first = targets[0][0]
     conditions = [target_phi(model, x, weights, draws, seeded(first.device, seed, 2, j))
@@ -198,11 +189,10 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
                          max_steps=2000, targets=None, tol=0.01, max_iters=200, progress=None):
     """Coarse-to-fine ascent of log p by partial score steps, (N, C, H, W).
 
-    y ← y + h s(y) + γ z with h = h₀ t/(1 + h₀(t − 1)), γ² = ((1 − βh)² − (1 − h)²) σ̂², σ̂ = ‖s(y)‖/√n: σ̂ is
-    estimated for each picture and falls by 1 − βh a step. A picture stops when σ̂ ≤ sigma_end. With
-    `targets`, a function σ -> φ_c (1, d) for each picture, every step is preceded by Algorithm 2. Returns y
-    and the number of steps of each picture, (N,); max_steps where it did not end. Pictures do not depend on
-    how many are drawn, as in `reconstruct`.
+    y ← y + h s(y) + γ z with h = h₀ t/(1 + h₀(t − 1)), γ² = ((1 − βh)² − (1 − h)²) σ̂², σ̂ = ‖s(y)‖/√n until
+    σ̂ ≤ sigma_end, for each picture on its own. With `targets`, a function σ -> φ_c (1, d) for each picture,
+    every step is preceded by Algorithm 2. Returns y and the number of steps of each picture, (N,); max_steps
+    where it did not end.
     """
     y = mean.view(-1, 1, 1) + sigma_0 * noise(shape, generators, mean.device)
     steps, moving = torch.full((len(y),), max_steps), torch.arange(len(y))
@@ -240,10 +230,10 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
     [0, 1]. Returns (the mean over draws, its standard error, the integrand (len(sigmas),), the share of the y
     that Algorithm 2 could match (len(sigmas),)).
 
-    The paper does not print how. Here x_i + σz stands for a sample of p_i, `draws` of each, with the same z
-    at every σ; the score of y given φ_i is (x̂(y matched to φ_i by Algorithm 2) − y)/σ²; φ_i at each σ
-    averages phi_draws realisations. φ is a function of x: pictures of different φ never coincide, so that the
-    exact integral diverges at σ → 0. The least σ is part of the definition.
+    The paper does not print how. Here x_i + σz, `draws` times and with the same z at every σ, stands for a
+    sample of p_i; the score of y given φ_i (of phi_draws realisations) is (x̂(y matched to φ_i) − y)/σ².
+    Pictures of different φ never coincide, so that the exact integral diverges at σ → 0: the least σ is part
+    of the definition.
     """
     z = torch.randn(draws, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
     targets = [target_phi(model, x[None], draws=phi_draws, generator=generator) for x in (x1, x2)]
@@ -262,10 +252,7 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
 
 
 def integrate(v, sigmas):
-    """∫ v dσ = ∫ v σ d(log σ), taking v σ ≥ 0 as a power of σ between neighbours: exact for v = σ⁻³.
-
-    v: (len(sigmas), draws). The trapezoid rule in σ overestimates σ⁻³ by 16 % from five σ between 0.2 and 1.
-    """
+    """∫ v dσ, v (len(sigmas), draws) ≥ 0 taken as a power of σ between neighbours: exact for v = σ⁻³."""
     h = (v * sigmas[:, None]).clamp(min=1e-300)
     a, b = h[:-1], h[1:]
     ratio = torch.log(b / a)
@@ -329,11 +316,11 @@ def read_targets(flags, checkpoint, device):
     size, patches = checkpoint["size"], checkpoint["flags"]["patches"]
 
     def read(path):
-        whole = load_picture(path).shape[:2] if patches else (size, size)
-        if whole != (size, size):
-            say(f"{os.path.basename(path)}: {whole[1]}×{whole[0]} pixels; the target is its central "
-                f"{size}×{size} tile")
+        h, w = load_picture(path).shape[:2] if patches else (size, size)
+        if (h, w) != (size, size):
+            say(f"{os.path.basename(path)}: {w}×{h} pixels; the target is its central {size}×{size} tile")
         return to_batch(load_picture(path, size, checkpoint["model"]["channels"], patches)[None], device)
+
     if flags.mix:
         weights = flags.weights or [1.0] * len(flags.mix)
         weights = torch.tensor(weights) / sum(weights)
@@ -422,8 +409,8 @@ def sample_sheet(flags, model, checkpoint, device):
         if target:
             shown, form = (found["phi_distance_relative"], ".0%") if scale else (found["phi_distance"], ".2g")
             labels = [f"{label}: φ {v:{form}}" for label, v in zip(labels, shown)]
-            title = f"{os.path.basename(name)}: φ-distance to the target {np.mean(shown):{form}}"
-            title += " of that between two held-out pictures" if scale else ""
+            title = (f"{os.path.basename(name)}: φ-distance to the target {np.mean(shown):{form}}"
+                     + " of that between two held-out pictures" * bool(scale))
             if "correlation_with_target" in found:
                 title += f", pixel correlation {np.mean(found['correlation_with_target']):.2f}"
             say(title)
@@ -434,33 +421,12 @@ def sample_sheet(flags, model, checkpoint, device):
     return grid(panels, 2, 24), record, single
 
 
-def denoise_in_tiles(model, y, most=2 ** 24):
-    """x̂(y) for one picture of any size (1, C, H, W), in overlapping tiles if it has over most/width pixels.
-
-    A tile brings 12·2^levels pixels more on each side: no convolution that reaches its inside misses any. But
-    LayerNorm's mean and variance are then the tile's and not the picture's: 0.01 to 0.15 dB better on three
-    textures, since training saw small pictures.
-    """
-    (h, w), unit, side = y.shape[2:], 2 ** model.levels, int(math.sqrt(most / model.width))
-    if h * w <= side ** 2:
-        return model.denoise(y)
-    margin, x_hat, progress = 12 * unit, y.clone(), Progress()
-    step = max(1, (side - 2 * margin) // unit) * unit
-    for i in range(0, h, step):
-        for j in range(0, w, step):
-            top, left = max(0, i - margin), max(0, j - margin)
-            tile = model.denoise(y[:, :, top:i + step + margin, left:j + step + margin])
-            x_hat[:, :, i:i + step, j:j + step] = tile[:, :, i - top:i - top + step, j - left:j - left + step]
-        progress(min(1, (i + step) / h), "denoising")
-    return x_hat
-
-
 def denoise_sheet(flags, model, checkpoint, device):
     """--denoise: one picture of any size, its output beside it. Returns as `sample_sheet`."""
     x = to_batch(load_picture(flags.denoise, None, checkpoint["model"]["channels"])[None], device)
     y = x + flags.noise * torch.randn(x.shape, generator=seeded("cpu", flags.seed)).to(device)
     with torch.no_grad():
-        x_hat = denoise_in_tiles(model, y)
+        x_hat = model.denoise(y)
     if not x_hat.isfinite().all():
         raise UserError("the denoised picture is not finite")
     estimated = float(noise_level(x_hat - y))
@@ -476,8 +442,8 @@ def denoise_sheet(flags, model, checkpoint, device):
         say(f"PSNR {noisy:.2f} dB noisy, {denoised:.2f} dB denoised")
         shown = [("clean", x, "clean"), ("noisy", y, f"noise σ {flags.noise:g}, {noisy:.1f} dB"),
                  ("denoised", x_hat, f"denoised, {denoised:.1f} dB")]
-    images = [to_image(v[0], max(384, x.shape[3])) for _, v, _ in shown]
-    cells = [grid([image, caption(text, 20, image.width)], 1, 0) for image, (*_, text) in zip(images, shown)]
+    under = lambda image, text: grid([image, caption(text, 20, image.width)], 1, 0)
+    cells = [under(to_image(v[0], max(384, x.shape[3])), text) for _, v, text in shown]
     return grid(cells, 3, 12), record, {f"{name}.png": to_image(v[0]) for name, v, _ in shown}
 
 

@@ -16,6 +16,7 @@ import hashlib
 import io
 import math
 import os
+import pathlib
 import sys
 import time
 import zipfile
@@ -30,9 +31,8 @@ from torch import nn
 def layer(c_in, c_out, normalise=True):
     """3×3 zero-padded convolution with bias, LayerNorm over (C, H, W), ReLU (App. A.1), as a list of modules.
 
-    LayerNorm with one scale and shift per channel is GroupNorm with a single group: one fused kernel. Without
-    the mean removal, half of M's channels die; without the convolution's bias the loss is half as large
-    again.
+    LayerNorm with one scale and shift per channel is GroupNorm with a single group. Without its mean removal
+    half of M's channels die; without the convolution's bias the loss is half as large again.
     """
     norm = [nn.GroupNorm(1, c_out)] if normalise else []
     return [nn.Conv2d(c_in, c_out, 3, padding=1), *norm, nn.ReLU(inplace=True)]
@@ -53,9 +53,8 @@ class UNet(nn.Module):
     y: (N, channels, H, W), x in [0, 1]. `blocks` holds E1…, M, …D1 in the order in which they run, with 2, 3
     and 6 layers; E_k and D_k have width·2^(k-1) channels, M has width·2^levels.
 
-    The network outputs x̂ itself, not the noise. A joint LayerNorm divides the noise's size out of every
-    activation, so a network that had to output σz would have to recover it: at equal training its loss was
-    almost three times as large.
+    The network outputs x̂ itself, not the noise: a joint LayerNorm divides the noise's size out of every
+    activation, so that one that had to output σz had almost three times the loss at equal training.
     """
 
     def __init__(self, width=64, channels=3, levels=3):
@@ -63,13 +62,10 @@ class UNet(nn.Module):
         self.width, self.channels, self.levels = width, channels, levels
         widths = [width * 2 ** k for k in range(levels + 1)]
         self.blocks, self.up = nn.ModuleDict(), nn.ModuleDict()
-        c = channels
-        for k in range(levels):                           # the very first layer has no normalisation
-            self.blocks[f"E{k + 1}"] = nn.Sequential(*layer(c, widths[k], normalise=k > 0),
-                                                     *layer(widths[k], widths[k]))
-            c = widths[k]
-        self.blocks["M"] = nn.Sequential(*layer(c, widths[-1]), *layer(widths[-1], widths[-1]),
-                                         *layer(widths[-1], widths[-1]))
+        for k, (c, w) in enumerate(zip([channels, *widths], widths[:-1])):     # the very first layer has no
+            self.blocks[f"E{k + 1}"] = nn.Sequential(*layer(c, w, normalise=k > 0), *layer(w, w))      # norm
+        c, w = widths[-2:]
+        self.blocks["M"] = nn.Sequential(*layer(c, w), *layer(w, w), *layer(w, w))
         for k in reversed(range(levels)):
             last = layer(widths[k], widths[k]) if k else [nn.Conv2d(width, channels, 3, padding=1)]
             self.up[f"D{k + 1}"] = nn.ConvTranspose2d(widths[k + 1], widths[k], 2, stride=2)
@@ -82,10 +78,9 @@ class UNet(nn.Module):
 
         Raises ValueError if H or W is not a multiple of 2^levels.
         """
-        step = 2 ** self.levels
-        if y.shape[2] % step or y.shape[3] % step:
-            raise ValueError(f"picture of {y.shape[3]}×{y.shape[2]} pixels: both sides must be multiples of "
-                             f"{step} (2^levels)")
+        (h, w), step = y.shape[2:], 2 ** self.levels
+        if h % step or w % step:
+            raise ValueError(f"picture of {w}×{h} pixels: both sides must be multiples of {step} (2^levels)")
         a, skips = y.contiguous(memory_format=torch.channels_last), []       # the faster layout everywhere
         for k in range(1, self.levels + 1):
             a = self.blocks[f"E{k}"](a)
@@ -108,16 +103,13 @@ class UNet(nn.Module):
         """x̂(y) for pictures of any size, (N, C, H, W), reflected at the border to a multiple of 2^levels."""
         h, w = y.shape[2:]
         bottom, right = -h % 2 ** self.levels, -w % 2 ** self.levels
-        # 'reflect' needs more pixels than it pads; tiny pictures repeat their border instead.
-        mode = "reflect" if bottom < h and right < w else "replicate"
-        padded = F.pad(y, (0, right, 0, bottom), mode) if bottom or right else y
-        return self(padded)[:, :, :h, :w]
+        mode = "reflect" if bottom < h and right < w else "replicate"        # too small to be reflected
+        return self(F.pad(y, (0, right, 0, bottom), mode))[:, :, :h, :w]
 
     def score(self, y):
         """s(y) = x̂(y) − y = σ² ∇log p_σ(y) (Eq. 2), (N, C, H, W).
 
-        Eq. 1 as printed makes the network's output ≈ +σz, but Algorithm 1 *adds* s: with this sign (s ≈ −σz)
-        both Eq. 2 and Algorithm 1 are right.
+        Eq. 1 as printed makes it ≈ +σz, but Algorithm 1 *adds* s: with this sign it and Eq. 2 are right.
         """
         return self.denoise(y) - y
 
@@ -126,13 +118,11 @@ class UNet(nn.Module):
 
         A decoder block's input is its skip and what comes from below, concatenated. Errors: as `encode`.
         """
-        averages, names = {}, {block: name for name, block in self.blocks.items()}
-
-        def record(block, inputs, out):
-            averages[names[block]] = inputs[0].mean((2, 3)), out.mean((2, 3))
-
+        averages = {}
         with contextlib.ExitStack() as hooks:             # taken off again at its end
-            for block in names:
+            for name, block in self.blocks.items():
+                def record(block, inputs, out, name=name):
+                    averages[name] = inputs[0].mean((2, 3)), out.mean((2, 3))
                 hooks.enter_context(block.register_forward_hook(record))
             self(y)
         return averages
@@ -143,8 +133,8 @@ class UNet(nn.Module):
 def phi(model, x, sigma, draws=1, generator=None, grad=False):
     """φ(x_σ) = E_z[ā_M(x + σz)] (§2.3), the mean over `draws` noise realisations: (N, width·2^levels).
 
-    x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,), in the unit of x. generator: a
-    torch.Generator on x's device. Only E1 … M run; no gradient unless `grad`. Errors: as `encode`.
+    x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,). generator: a torch.Generator on x's
+    device. Only E1 … M run; no gradient unless `grad`. Errors: as `encode`.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     n, c, h, w = x.shape                       # z is drawn channels last, as the network runs
@@ -159,21 +149,7 @@ def phi(model, x, sigma, draws=1, generator=None, grad=False):
 # What all scripts share: reading a checkpoint, writing a file, the status line, the end
 
 FORMAT = "blind-denoiser-2"
-_is = lambda kind: lambda v: isinstance(v, kind)
-_in = lambda *values: lambda v: v in values
-_number = lambda low, high: lambda v: type(v) in (int, float) and low <= v <= high
-_whole = lambda low, high=2 ** 60: lambda v: type(v) is int and low <= v <= high
-_or_none = lambda check: lambda v: v is None or check(v)
-MODEL = dict(width=_whole(1, 4096), channels=_whole(1, 3), levels=_whole(1, 8))
-TRAINED = dict(size=_whole(1, 2 ** 16), sigma_max=_number(1e-9, 100))
-CHECKPOINT = TRAINED | dict(                              # what train.py writes; also `optimizer`, `curve`
-    model=_is(dict), weights=_is(dict), mean=_is(list), flags=_is(dict), training=_is(dict), step=_whole(0),
-    elapsed=_number(0, 1e12), fingerprint=_is(str))
-FLAGS = MODEL | TRAINED | dict(                           # what defines a training run
-    data=_or_none(_is(str)), patches=_is(bool), val=_number(0, 0.9), subset=_in(None, "first", "second"),
-    limit=_or_none(_whole(1)), batch=_whole(1), epochs=_or_none(_number(1e-9, 1e12)),
-    minutes=_or_none(_number(1e-9, 1e12)), pictures=_or_none(_whole(1)), precision=_in("fp32", "bf16"),
-    seed=_whole(0, 2 ** 31))
+ENTRIES = set("model weights size sigma_max mean flags training step elapsed fingerprint".split())
 
 
 class UserError(ValueError):
@@ -189,11 +165,9 @@ def load_checkpoint(path, device="cpu"):
     whole checkpoint of ours. Nothing in the file is executed.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data, checkpoint = pathlib.Path(path).read_bytes(), None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    checkpoint = None
     with contextlib.suppress(Exception):                  # a damaged or malicious file raises nearly anything
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.testzip() is None:                 # every member's CRC; torch.load reads none
@@ -203,32 +177,19 @@ def load_checkpoint(path, device="cpu"):
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path}: a checkpoint of another version of train.py; train it again")
     try:
-        model = _rebuilt(checkpoint)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if missing := ENTRIES - checkpoint.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        weights = {k: v.float() for k, v in checkpoint["weights"].items()}
+        if not all(v.isfinite().all() for v in weights.values()):
+            raise ValueError("weights that are not finite")
+        with torch.device("meta"):                        # costs nothing, whatever the width says
+            model = UNet(**checkpoint["model"])
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         lines = str(error).splitlines()                   # torch's second line says what does not fit
-        what = f"no {error}" if isinstance(error, KeyError) else lines[min(1, len(lines) - 1)].strip()
-        raise UserError(f"{path}: damaged checkpoint ({what})") from None
+        raise UserError(f"{path}: damaged checkpoint ({lines[min(1, len(lines) - 1)].strip()})") from None
     checkpoint["sha256"] = hashlib.sha256(data).hexdigest()
     return model.to(device).requires_grad_().eval(), checkpoint
-
-
-def _rebuilt(checkpoint):
-    """The UNet of a checkpoint's dict, every entry checked; raises nearly anything if one is wrong."""
-    model, weights = checkpoint["model"], checkpoint["weights"]
-    mean = lambda v: len(v) == model["channels"] and all(map(_number(0, 1), v))
-    for entries, checks in ((checkpoint, CHECKPOINT), (model, MODEL), (checkpoint["flags"], FLAGS),
-                            (checkpoint, dict(mean=mean))):
-        for key, good in checks.items():
-            if not good(entries[key]):
-                raise ValueError(f"{key} is out of range")
-    if checkpoint["size"] % 2 ** model["levels"]:
-        raise ValueError("size is no multiple of 2^levels")
-    if not all(v.is_floating_point() and bool(v.isfinite().all()) for v in weights.values()):
-        raise ValueError("weights that are not finite")
-    with torch.device("meta"):                            # costs nothing, whatever the width says
-        network = UNet(**{k: model[k] for k in MODEL})
-    network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True, assign=True)
-    return network
 
 
 def check_outputs(paths, force=False, flag="--out"):
@@ -249,8 +210,7 @@ def check_outputs(paths, force=False, flag="--out"):
 def write(path):
     """A file to write bytes to, which becomes `path` once it is whole: readers see the old file or the new.
 
-    A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it; a full disk
-    and the like are a UserError.
+    A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it.
     """
     target = os.path.realpath(path)
     temporary = f"{target}.{os.getpid()}.tmp"
@@ -331,12 +291,13 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=2 ** 60):
     """An argparse type: `kind` in [low, high], low excluded for floats; no NaN, no infinity."""
+    least = f"{'above' if kind is float else 'at least'} {low:g}"
+    most = f" and at most {high:g}" * (high < 2 ** 60)
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (kind is float and value == low):
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be {'above' if kind is float else 'at least'} {low:g}"
-                + f" and at most {high:g}" * (high < 2 ** 60))
+            raise argparse.ArgumentTypeError(f"{text}: must be {least}{most}")
         return value
     parse.__name__ = "integer" if kind is int else "number"
     return parse
