@@ -1165,7 +1165,8 @@ def generalisation(study, pairs):
                  "exact memorisation gives (black; gray: on its own pictures, mostly far above). Below: do "
                  "two networks with no training picture in common draw the same from the same noise?")
     names = "A's samples", "nearest in training", "B's, same noise", "nearest in training"
-    sheets = [picture_rows(list(zip(names, four)), f"N = {v['N']:,}", 80) for v, four in zip(found, rows)]
+    sheets = [titled(f"N = {v['N']:,}", picture_rows(list(zip(names, four)), 80), 900, 26)
+              for v, four in zip(found, rows)]
     study.figure("originals", grid(sheets, 2, 24),
                  "Paper B, Fig. 2. Samples of two networks from the same noise, and the training picture "
                  "nearest to each: copies where N is small, the same new pictures where it is large enough.")
@@ -1223,6 +1224,13 @@ def ritz(product, start, k):
     return values[-k:].flip(0), (Q.T @ vectors[:, -k:]).flip(1)
 
 
+def rows_of_jacobian(model, y, weights):
+    """Jᵀw at y (C, H, W) for each row w of `weights` (n, D), (n, D), from n copies of y."""
+    with torch.enable_grad():
+        copies = y.expand(len(weights), *y.shape).clone().requires_grad_()
+        return torch.autograd.grad(model.denoise(copies).flatten(1), copies, weights)[0].flatten(1)
+
+
 @torch.no_grad()
 def shrinkage(model, y, k=64, full=1024, generator=None):
     """How x̂ depends on y (C, H, W), of D values: x̂ = Jy + b, and the eigenvectors of J's symmetric part.
@@ -1238,8 +1246,7 @@ def shrinkage(model, y, k=64, full=1024, generator=None):
     _, push = torch.func.vjp(lambda u: torch.func.vjp(f, flat)[1](u)[0], torch.zeros_like(flat))
     J_times, JT_times = lambda v: push(v)[0], lambda v: pull(v)[0]     # (torch's jvp fails in GroupNorm)
     if D <= full:
-        rows = torch.eye(D, device=y.device, dtype=y.dtype)
-        J = torch.func.vmap(JT_times, chunk_size=64)(rows)                     # (D, D)
+        J = torch.cat([rows_of_jacobian(model, y, part) for part in torch.eye(D).to(y).split(64)])
         values, vectors = (v.flip(-1) for v in torch.linalg.eigh((J + J.T) / 2))
         trace, asymmetry = J.trace(), (J - J.T).norm() / J.norm()
     else:
@@ -1748,9 +1755,8 @@ def compare(flags, networks, device, progress):
     check_outputs([os.path.join(flags.out, name) for name in names], flags.force)
     study.progress = progress
     found = generalisation(study, pairs)
-    with write(os.path.join(flags.out, "results.json")) as file:
-        record = dict(settings=vars(flags), analyses=dict(generalisation=found))
-        file.write(json.dumps(plain(record)).encode())
+    write_json(os.path.join(flags.out, "results.json"), dict(settings=vars(flags),
+                                                             analyses=dict(generalisation=found)))
     write_page(flags.out, "Memorisation and generalisation", f"{len(pairs)} pairs of networks, "
                f"{len(study.x)} held-out pictures", "", found["claims"], study.captions, vars(flags))
     say_claims(found["claims"])

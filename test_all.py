@@ -237,9 +237,8 @@ def test_phi(small):
 
 
 @pytest.mark.parametrize("words, place, value", [
-    ("no 'mean'", "mean", None), ("no 'seed'", "flags seed", None), ("size mismatch", "model width", 5),
-    ("width", "model width", 10 ** 9), ("sigma_max", "sigma_max", math.nan), ("damaged", "model", [1, 2]),
-    ("mean", "mean", [0.5, 0.5, 7.0]), ("precision", "flags precision", "int8"),
+    ("no mean", "mean", None), ("size mismatch", "model width", 5), ("damaged", "model width", 10 ** 9),
+    ("damaged", "model", [1, 2]), ("damaged", "weights", 7),
     ("not finite", "weights blocks.M.0.bias", torch.full((8,), math.nan)),
     ("Missing", "weights blocks.M.0.bias", None), ("Unexpected", "weights extra", torch.zeros(2)),
     ("another version", "format", "blind-denoiser-1"), ("not a checkpoint", "format", None)])
@@ -388,7 +387,6 @@ def test_kmeans_is_plain_lloyd_step_by_step(monkeypatch):
                 assert abs(model.inertia_ - inertia) < 1e-9 * inertia
             assert inertia <= before + 1e-9
             before = inertia
-        assert (model.predict(x) == model.labels_).all() and (model.predict(x[7:9]) == labels[7:9]).all()
 
 
 def test_kmeans_seeding_is_greedy_kmeans_plus_plus(monkeypatch):
@@ -642,8 +640,9 @@ def test_aliveness_and_class_agreement(small, monkeypatch):
     code[:3, 0] += 50
     code[3:6, 1] += 50
     code[6] = code[0]                          # of no class: no neighbour
-    for labels, share in (([0, 0, 0, 1, 1, 1, -1], 1), ([0, 0, 1, 1, 1, 0, -1], 1 / 3), ([-1] * 7, None)):
-        assert train.class_agreement(code, np.array(labels), k=2) == pytest.approx(share)
+    for labels, share in (([0, 0, 0, 1, 1, 1, -1], 1), ([0, 0, 1, 1, 1, 0, -1], 1 / 3), ([-1] * 7, math.nan)):
+        found = train.own_class(code, np.array(labels), k=2).mean()
+        assert found == pytest.approx(share, nan_ok=True)
 
 
 # train.py: the loop
@@ -748,16 +747,6 @@ def test_defaults_are_the_papers():
     assert [train.complete_flags({**given, "size": s})["levels"] for s in (16, 40, 80, 160)] == [1, 2, 3, 4]
 
 
-def test_one_run_at_a_time(tmp_path):
-    # two trainings write one checkpoint in turn, or a killed one locks it for good
-    (tmp_path / "a.pt.lock").write_text("1\n")             # left by a killed run
-    with train.only_run(str(tmp_path / "a.pt")):
-        with pytest.raises(UserError, match=f"process {os.getpid()} is training it now"):
-            with train.only_run(str(tmp_path / "a.pt")):
-                pass
-    assert os.listdir(tmp_path) == []
-
-
 def test_full_disk_and_bad_weights(shelf, tmp_path, cli):
     # a full disk destroys the last save, or a diverged run overwrites it
     out, before = tmp_path / "a.pt", (shelf / "c.pt").read_bytes()
@@ -782,7 +771,7 @@ def test_bench(cli, monkeypatch):
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))            # a second a call
     monkeypatch.setattr(train, "bench", functools.partial(train.bench, seconds=0))
     code, text = cli("train.py --bench --width 2 --levels 1 --batch 4 --size 8 --device cpu")
-    assert code == 0 and re.findall(r"([\d.]+) images/s", text) == ["4.0"] * 4
+    assert code == 0 and re.findall(r"([\d.]+) images/s", text) == ["4.0"] * 3
 
 
 # train.py: pictures
@@ -1099,15 +1088,6 @@ def test_sample_panel_geometry():
     sheet = np.asarray(sample.panel(samples, torch.ones(1, 3, 8, 8), side=32, gap=4))
     assert [sheet[14 + 40 * (i // 3), 14 + 40 * (i % 3), 0] for i in range(9)] == [
         *(round(255 * k / 7) for k in range(4)), 255, *(round(255 * k / 7) for k in range(4, 8))]
-
-
-def test_sample_denoise_in_tiles():
-    # a large picture's tiles are misplaced or overlap too little
-    model, y = bare_network(8, 3, 1), torch.rand(1, 3, 143, 150)   # LayerNorm's statistics are a tile's
-    with torch.no_grad():
-        whole, tiles = model.denoise(y), sample.denoise_in_tiles(model, y, 8 * 70 ** 2)
-        assert gap(tiles, whole) < 1e-5 * whole.abs().max()
-        assert torch.equal(sample.denoise_in_tiles(model, y), whole)
 
 
 # sample.py: the command line
@@ -1605,9 +1585,9 @@ def test_analyze_command_line(cli, tmp_path, monkeypatch, quick):
     code, text = cli(line)
     assert code == 0 and text.startswith("φ is NOT alive, by use 0.00 dB") and "class agreement" in text
     record, page = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
-    figures = {name for f in analyze.ANALYSES.values() for name in f.figures}
+    figures = {name for f in analyze.ANALYSES.values() for name in f.figures} - {"regularity"}
     assert {p.stem for p in tmp_path.glob("*.png")} == set(record["captions"]) == figures
-    assert not any("skipped" in v for v in record["analyses"].values())
+    assert [name for name, v in record["analyses"].items() if "skipped" in v] == ["regularity"]
     claims = [c for v in record["analyses"].values() for c in v.get("claims", [])]
     assert claims and all(c["verdict"] == "not comparable" for c in claims if c["on_phi"])
     assert all(f"<b>{name}.</b>" in page for name in figures) and page.count("<tr>") == len(claims)
@@ -1654,7 +1634,8 @@ def test_analyze_structureless_phi_through_the_whole_pipeline(shelf, flags, monk
     study.phi = {s: torch.from_numpy(r.gamma(0.4, size=(60, 8))).float() for s in (0.3, 0.1)}
     study.untrained = analyze.untrained_networks(study)
     study.untrained_phi = analyze.compute_phi(study.untrained, study.x, 3 * [[0.3, 0.1]], 2, 0, "cpu")
-    claims = [c for name in analyze.ANALYSES.keys() - {"reconstruction", "denoising"}
+    on_phi = analyze.ANALYSES.keys() - {"reconstruction", "denoising", "harmonics", "regularity"}
+    claims = [c for name in on_phi
               for c in analyze.ANALYSES[name](study).get("claims", [])]
     assert claims and not [c["claim"] for c in claims if c["on_phi"] and c["verdict"] == "holds"]
 
@@ -1764,14 +1745,14 @@ class Linear(nn.Module):
 
 
 def linear_denoiser(D, values, skew=0.0, seed=0):
-    """(Linear, orthonormal eigenvectors of A's symmetric part): eigenvalues given, antisymmetric part `skew`."""
+    """(Linear, eigenvectors (D, D) of A's symmetric part): eigenvalues given; skew: size of the rest of A."""
     Q, N = torch.linalg.qr(normal(D, D, seed=seed).double())[0], normal(D, D, seed=seed + 1).double()
     return Linear(Q * torch.as_tensor(values) @ Q.T + skew * (N - N.T), normal(D, seed=seed + 2).double()), Q
 
 
 @pytest.mark.parametrize("full", [1024, 1])
 def test_shrinkage_of_a_linear_denoiser(full):
-    """Eigenvalues, eigenvectors, b, trace or asymmetry of the Jacobian are wrong, by either route."""
+    # eigenvalues, eigenvectors, b, trace or asymmetry of the Jacobian are wrong, by either route
     values = torch.linspace(1, 0, 75).double() ** 3
     model, Q = linear_denoiser(75, values, 0.01)
     y = normal(3, 5, 5, seed=9).double()
@@ -1787,7 +1768,7 @@ def test_shrinkage_of_a_linear_denoiser(full):
 
 
 def test_shrinkage_of_a_network_by_finite_differences():
-    """The products with J or Jᵀ are not those of the network that denoises."""
+    # the products with J or Jᵀ are not those of the network that denoises
     torch.manual_seed(0)
     model, y = UNet(4, 1, 1).double(), normal(1, 6, 6).double()
     f = lambda v: model.denoise(v.view(1, 1, 6, 6)).flatten().detach()
@@ -1801,7 +1782,7 @@ def test_shrinkage_of_a_network_by_finite_differences():
 
 
 def test_sure_is_unbiased():
-    """SURE is not, in the mean, the squared error that it estimates without x."""
+    # SURE is not, in the mean, the squared error that it estimates without x
     model, _ = linear_denoiser(16, torch.linspace(1, 0, 16).double())
     x, sigma, z = torch.rand(16).double(), 0.5, normal(20000, 16, seed=3).double()
     y = (x + sigma * z).view(-1, 1, 4, 4)
@@ -1813,7 +1794,7 @@ def test_sure_is_unbiased():
 
 
 def test_posterior_mean_against_brute_force():
-    """The closed form of memorisation is not the training pictures' mean, weighted by their likelihood."""
+    # the closed form of memorisation is not the training pictures' mean, weighted by their likelihood
     x, y = torch.rand(5, 1, 2, 3), torch.rand(4, 1, 2, 3)
     for sigma in 0.01, 0.3, 3:
         for i, found in enumerate(analyze.posterior_mean(y, sigma, x)):
@@ -1824,7 +1805,7 @@ def test_posterior_mean_against_brute_force():
 
 
 def test_wiener_filter():
-    """The linear null is not m + C(C + σ²)⁻¹(y − m), or not with its eigenvectors."""
+    # the linear null is not m + C(C + σ²)⁻¹(y − m), or not with its eigenvectors
     x, y, sigma = torch.rand(30, 1, 3, 3), torch.rand(4, 1, 3, 3), 0.2
     flat = x.flatten(1).double().numpy()
     mean, C = flat.mean(0), np.cov(flat.T, bias=True)
@@ -1835,7 +1816,7 @@ def test_wiener_filter():
 
 
 def test_slope_and_psnr_curve():
-    """No denoising has no slope of 1, a constant none of 0, or PSNR is not −10 log₁₀ of the squared error."""
+    # no denoising has no slope of 1, a constant none of 0, or PSNR is not −10 log₁₀ of the squared error
     x = torch.rand(64, 1, 16, 16)
     curve = analyze.psnr_curve(lambda y, sigma: y, x, analyze.FIT)
     assert gap(curve, range(10, 31, 2)) < 0.1 and analyze.slope(curve) == pytest.approx(1, abs=0.01)
@@ -1846,7 +1827,7 @@ def test_slope_and_psnr_curve():
 
 
 def test_disc_tangents():
-    """A disc moved, grown or dimmed a little leaves what should be the tangent space, or that is too small."""
+    # a disc moved, grown or dimmed a little leaves what should be the tangent space
     place = np.array([0.45, 0.55, 0.2, 0.2, 0.8])
     x, basis = analyze.disc_tangents(16, place)
     assert gap(basis.T @ basis, torch.eye(5)) < 1e-5
@@ -1871,7 +1852,7 @@ class Copier:
 
 
 def test_generalisation_of_networks_that_copy(tmp_path, monkeypatch):
-    """Copies are not seen to be copies: PSNR beside the closed form, cosines, verdicts."""
+    # copies are not seen to be copies: PSNR beside the closed form, cosines, verdicts
     monkeypatch.setattr(analyze, "phi", lambda model, x, *rest: x.flatten(1))
     x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     held = array(5, 20, 8, 8, 1)
@@ -1888,7 +1869,7 @@ def test_generalisation_of_networks_that_copy(tmp_path, monkeypatch):
 
 
 def test_generalisation_of_networks_that_agree(tmp_path, monkeypatch):
-    """Two networks that draw the same new pictures are not told from copies."""
+    # two networks that draw the same new pictures are not told from copies
     monkeypatch.setattr(analyze, "phi", lambda model, x, *rest: x.flatten(1))
     x = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     both, new = Copier(x[60:]), x[60:]
@@ -1896,11 +1877,12 @@ def test_generalisation_of_networks_that_agree(tmp_path, monkeypatch):
     study = analyze.Study(both, dict(sigma_max=1.0, mean=[0.5]), held, out=str(tmp_path))
     found = analyze.generalisation(study, [[(both, x[:30]), (both, x[30:60])]])
     verdicts = {c["claim"][:12]: c["verdict"] for c in found["claims"]}
-    assert verdicts["two networks"] == verdicts["these are ne"] == "holds" and verdicts["memorised at"] == "fails"
+    assert verdicts == {"two networks": "holds", "these are ne": "holds", "memorised at": "fails",
+                        "training and": "holds"}
 
 
 def test_versus_and_harmonics_from_the_command_line(shelf, cli, tmp_path, monkeypatch):
-    """Pairs whose training sets overlap are compared; or the analyses of paper B do not run at all."""
+    # pairs whose training sets overlap are compared; or the analyses of paper B do not run at all
     flags = dict(train.COMMON, data=str(shelf / "data"), size=8, width=4, levels=1, batch=8, val=0.4,
                  pictures=16)
     for name, changes in dict(
@@ -1912,7 +1894,8 @@ def test_versus_and_harmonics_from_the_command_line(shelf, cli, tmp_path, monkey
         torch.stack([torch.rand(shape, generator=g) for g in generators]), None))
     code, text = cli(f"analyze.py {a} {tmp_path}/less.pt --versus {b} {tmp_path}/more.pt --out {out}")
     numbers = json.loads((out / "results.json").read_text())["analyses"]["generalisation"]["pairs"]
-    assert code == 0 and [v["N"] for v in numbers] == [4, 24] and "originals" in (out / "index.html").read_text()
+    assert code == 0 and [v["N"] for v in numbers] == [4, 24]
+    assert "originals" in (out / "index.html").read_text()
     assert cli(f"analyze.py {a} --versus {b} --out {out}")[0] == 2
     for line, message in ((f"{a} --versus {tmp_path}/less.pt", "overlap"),
                           (f"{a} {b} --versus {a}", "needs 2"),
