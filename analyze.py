@@ -4,7 +4,7 @@
     python analyze.py ckpt.pt --data photos --images 10000
     python analyze.py ckpt.pt --only sparsity stability    # two of the analyses
     python analyze.py ckpt.pt --only attributes --pictures cat.jpg dog.jpg
-    python analyze.py a.pt b.pt c.pt                       # one kind of network, three seeds: mean and spread
+    python analyze.py a.pt b.pt c.pt                       # networks of one kind: other seeds, or other times
     python analyze.py a.pt --versus b.pt                   # paper B: training sets without a common picture
     torchrun --nproc_per_node=8 analyze.py ckpt.pt --data photos.npy --images 1300000
 
@@ -1352,7 +1352,7 @@ def draw_harmonics(study, x, y, here, linear):
 
 # Paper B, §3, Near-optimal denoising of regular pictures (its Fig. 4, 5)
 
-FIT = [10 ** (-psnr / 20) for psnr in range(10, 31, 2)]    # σ of the fit: input PSNR 10 to 30 dB
+FIT = [10 ** (-psnr / 20) for psnr in range(0, 21, 2)]     # σ of the fit: 1 to 0.1, input PSNR 0 to 20 dB
 
 
 def slope(psnr):
@@ -1393,8 +1393,8 @@ def regularity(study, parts=8):
     """Paper B, Fig. 4, 5: slope of output against input PSNR, for networks trained on calpha:A or disc.
 
     Optimal: A/(A + 1) for C^A pictures; 1 for discs, a manifold of five dimensions, whose least error is 5σ².
-    Fitted over input PSNR 10 to 30 dB; error over parts of the held-out pictures, and with several networks
-    over these. Near optimal: within 0.1.
+    Fitted over input PSNR 0 to 20 dB: at less noise small networks meet their own error. Error over parts of
+    the held-out pictures, and with several networks over these. Near optimal: within 0.1.
     Null: the Wiener filter of the training pictures, which is blind to geometry.
     """
     data, channels = study.checkpoint["flags"]["data"] or "", study.model.channels
@@ -1417,10 +1417,9 @@ def regularity(study, parts=8):
     return numbers
 
 
-def compare_regularity(out, folders):
-    """The claim on the slopes of several networks, and their figure, from each one's results.json."""
-    read = lambda name: json.loads(Path(out, name, "results.json").read_bytes())
-    found = [read(name)["analyses"]["regularity"] for name in folders]
+def compare_regularity(out, found):
+    """The claim on the slopes of several networks, and their figure; found: their results.json."""
+    found = [v["analyses"]["regularity"] for v in found]
     if not all("slope" in v for v in found):
         raise UserError("regularity is for networks trained on --data disc or calpha:A")
     best = sorted({v["optimum"] for v in found})
@@ -1455,6 +1454,36 @@ def draw_regularity(results):
         mean = line(range(1, 13), np.mean(on_discs, 0), "on discs", points=True)
         plots.append(plot(size, [mean, rule(x=5.5)], "k", "eigenvalue λ_k"))
     return grid(plots, 3, 5)
+
+
+# φ during training (ours)
+
+def draw_emergence(found):
+    """Use of M, class agreement, PR around M and selectivity against pictures seen: found [results.json].
+
+    Networks that have seen as many pictures (seeds) are one point, with a band of one SD. None if all are.
+    """
+    seen = sorted({v["training"]["pictures_seen"] for v in found})
+    needed = {"neighbours", "sparsity", "selectivity"}
+    if len(seen) < 2 or any(needed - v["analyses"].keys() for v in found):
+        return None
+
+    def curve(value, label):
+        y = [[value(v) for v in found if v["training"]["pictures_seen"] == n] for n in seen]
+        mean, sd = (np.array([f(np.array(v, float)) for v in y]) for f in (np.mean, np.std))
+        return line(seen, mean, label, points=True, band=(mean - sd, mean + sd))
+
+    agreement = lambda space: lambda v: v["analyses"]["neighbours"]["agreement"][space][0]
+    marks = {
+        "use of M (dB)": [curve(lambda v, s=s: v["alive"]["use"][s], f"σ {s}")
+                          for s in found[0]["alive"]["use"]],
+        "class agreement": [*(curve(agreement(k), k) for k in ("φ", "pixels", LESS_COLOUR)),
+                            curve(lambda v: np.mean(v["alive"]["untrained"]), "φ, untrained")],
+        "participation ratio": [curve(lambda v, k=k: np.mean(v["analyses"]["sparsity"][f"pr_{k}"]["M"]),
+                                      f"M's {k}") for k in ("input", "output")],
+        "channels' PR over pictures": [curve(lambda v, q=q: np.nanquantile(np.array(
+            v["analyses"]["selectivity"]["pr"], float), q), f"{q:.0%} below") for q in (0.1, 0.5, 0.9)]}
+    return grid([plot((796, 520), each, "pictures seen", label, log="x") for label, each in marks.items()], 2)
 
 
 # Claims and the page
@@ -1715,6 +1744,10 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
     write_page(out, f"What {os.path.basename(path)} represents", scale, alive_line(study.alive),
                claims(ANALYSES), record["captions"], dict(vars(flags), device=device))
     say_claims(claims(wanted))
+    judged = [c["verdict"] for c in claims(ANALYSES) if c["verdict"] != "not comparable"]
+    say(f"for a table: | {path} | {seen:,} | {checkpoint['training'].get('minutes', math.nan):.0f} | "
+        f"{judged.count('holds')} of {len(judged)} | "
+        + " / ".join(f"{v:.1f}" for v in checkpoint["training"].get("psnr", {}).values()) + " |")
     say(f"wrote {os.path.join(out, 'index.html')}, its figures, results.json and phi.npz")
     return claims(wanted)
 
@@ -1786,9 +1819,14 @@ def main():
         tables.append(analyse(flags, *network, out, device,
                               lambda f, text: progress((k + f) / len(networks), text)))
     if len(networks) > 1 and tables[0] is not None:
+        found = [json.loads(Path(flags.out, name, "results.json").read_bytes()) for name in stems]
         rows, names, captions = over_networks(tables), ", ".join(stems), {}
         if flags.only == ["regularity"]:
-            rows, captions = rows + [compare_regularity(flags.out, stems)], dict(regularity=REGULARITY)
+            rows, captions = rows + [compare_regularity(flags.out, found)], dict(regularity=REGULARITY)
+        if image := draw_emergence(found):
+            captions["emergence"] = "φ during training. Is M in use, and when does φ know classes?"
+            with write(os.path.join(flags.out, "emergence.png")) as file:
+                image.save(file, "png")
         say(f"{len(networks)} networks: {names}")
         say_claims(rows)
         write_json(os.path.join(flags.out, "networks.json"), dict(checkpoints=flags.checkpoint, claims=rows))
