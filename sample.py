@@ -36,8 +36,8 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=6):
 
     Printed, ∇L = (φ_c − φ(x))ᵀ∇φ is subtracted, which climbs; the gradient is 2 (φ(x) − φ_c)ᵀ∇φ. The step is
     Polyak's for a loss whose minimum is 0, η = L/‖∇L‖² for each picture: it has no parameter and follows the
-    gradient's size, which differs a hundredfold between noise levels. `Memory` makes it three to four times
-    faster; memory=0 is the print.
+    gradient's size, which differs a hundredfold between noise levels; no step is longer than 0.1 r.m.s. Only
+    `Memory` is not in the print, and memory=0 leaves it out.
     """
     x, phi_c, past = x.detach().clone(), phi_c.expand(len(x), -1), Memory(memory)
     best, least, moving = x.clone(), x.new_full((len(x),), math.inf), torch.arange(len(x), device=x.device)
@@ -52,14 +52,14 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=6):
             first = L
         better = L < least[moving]
         best[moving[better]], least[moving[better]] = x[moving[better]], L[better]
-        going = least[moving] > tol * first[moving]                            # (n,)
-        if iteration == max_iters or not going.any():
+        unmet = least[moving] > tol * first[moving]                            # (n,)
+        if iteration == max_iters or not unmet.any():
             return best, dict(first=first, last=least, gradients=gradients, converged=least <= tol * first)
-        jump, rest, share = past.explain(r, L)                                 # with no memory: 0, r, 1
-        grad, = torch.autograd.grad(phi_t, x_t, 2 * rest)                      # ∇L = 2 (φ(x_t) − φ_c)ᵀ∇φ
-        eta = share * rest.square().sum(1) / grad.square().sum((1, 2, 3)).clamp(min=1e-30)
-        step = past.limit(jump - eta[:, None, None, None] * grad, r, L, going)                   # −η∇L
-        moving = moving[going]
+        jump, rest, damping = past.extrapolate(r, L)                           # with no memory: 0, r, 1
+        grad, = torch.autograd.grad(phi_t, x_t, 2 * rest)                      # 2 restᵀ∇φ: ∇L, if rest is r
+        eta = damping * rest.square().sum(1) / grad.square().sum((1, 2, 3)).clamp(min=1e-30)
+        step = past.remember(jump - eta[:, None, None, None] * grad, r, L, unmet)                # −η∇L
+        moving = moving[unmet]
         x[moving] += step
         gradients[moving] += 1
 
@@ -67,19 +67,19 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=6):
 class Memory:
     """What makes Algorithm 2 fast: the last steps ΔX of each picture and the changes ΔΦ of φ they caused.
 
-    A combination of them first removes what it can of r = φ(x) − φ_c, as in Anderson acceleration and GMRES;
-    the gradient step removes the rest, and is then shorter, 0.3 η. It costs no gradients. Far from φ_c, where
-    φ is not nearly linear in x, it walks off: so it is used for the first 25 gradients only, and not after a
-    step that raised L, and no step is longer than 0.1 r.m.s. (80 pictures, each to take the φ of another one:
-    all do, in 12 gradients instead of 17; with twenty steps kept throughout, 63 do.)
+    A combination of them, which costs no gradient, first removes what it can of r = φ(x) − φ_c, as in
+    Anderson acceleration and GMRES; the gradient step removes the rest, with 0.3 η: after the jump the full
+    one goes too far. Far from φ_c, where φ is not nearly linear in x, jumps walk off: there are none after a
+    step that raised L, nor after 25 gradients. (80 pictures, each to take the φ of another one: all do, in 12
+    gradients instead of 17; with twenty steps kept throughout, 63 do. In Algorithm 1: 11–12 instead of 36–50.)
     """
 
     def __init__(self, size):
-        self.size, self.until, self.past, self.last = size, 25, [], None       # past: pairs (ΔX, ΔΦ)
+        self.size, self.jumps_left, self.past, self.last = size, 25, [], None  # past: pairs (ΔX, ΔΦ)
 
-    def explain(self, r, L):
-        """(−ΔX c, r − ΔΦ c, share of η for that rest), c = argmin ‖r − ΔΦ c‖²; r: (n, d), L: (n,)."""
-        if not self.size or not self.until or self.last is None:
+    def extrapolate(self, r, L):
+        """(the jump −ΔX c, the rest r − ΔΦ c, the factor of η), c = argmin ‖r − ΔΦ c‖², with a small ridge."""
+        if not self.size or not self.jumps_left or self.last is None:
             return 0, r, 1
         step, r_before, L_before = self.last
         self.past = (self.past + [(step, r - r_before)])[-self.size:]
@@ -92,12 +92,12 @@ class Memory:
         c = c * (L <= L_before)[:, None, None]                                 # a step that raised L misleads
         return -(dx * (c.mT / length)[:, :, None, None]).sum(-1), r - (A @ c)[:, :, 0], 0.3
 
-    def limit(self, step, r, L, going):
-        """The steps (n, C, H, W), at most 0.1 r.m.s., of the rows `going`, which they are remembered for."""
+    def remember(self, step, r, L, unmet):
+        """The steps (n, C, H, W) of the rows `unmet`, (n,), cut to 0.1 r.m.s.; kept for the next jump."""
         size = step.square().mean((1, 2, 3), keepdim=True).sqrt()
-        step = (step * (0.1 / size.clamp(min=1e-30)).clamp(max=1))[going]
-        self.past = [(dx[going], dphi[going]) for dx, dphi in self.past]
-        self.last, self.until = (step, r[going], L[going]), max(0, self.until - 1)
+        step = (step * (0.1 / size.clamp(min=1e-30)).clamp(max=1))[unmet]
+        self.past = [(dx[unmet], dphi[unmet]) for dx, dphi in self.past]
+        self.last, self.jumps_left = (step, r[unmet], L[unmet]), max(0, self.jumps_left - 1)
         return step
 
 
@@ -186,23 +186,18 @@ def average(values, weights=None):
 
 @torch.no_grad()
 def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=0.04, h_0=0.01, beta=0.05,
-                         max_steps=2000, targets=None, tol=0.01, max_iters=200, progress=None):
+                         max_steps=2000, progress=None):
     """Coarse-to-fine ascent of log p by partial score steps, (N, C, H, W).
 
     y ← y + h s(y) + γ z with h = h₀ t/(1 + h₀(t − 1)), γ² = ((1 − βh)² − (1 − h)²) σ̂², σ̂ = ‖s(y)‖/√n until
-    σ̂ ≤ sigma_end, for each picture on its own. With `targets`, a function σ -> φ_c (1, d) for each picture,
-    every step is preceded by Algorithm 2. Returns y and the number of steps of each picture, (N,); max_steps
-    where it did not end.
+    σ̂ ≤ sigma_end, for each picture on its own. Returns y and the number of steps of each picture, (N,);
+    max_steps where it did not end.
     """
     y = mean.view(-1, 1, 1) + sigma_0 * noise(shape, generators, mean.device)
     steps, moving = torch.full((len(y),), max_steps), torch.arange(len(y))
     for t in range(1, max_steps + 1):
         x = y[moving]
         s = score(model, x)
-        if targets:
-            phi_c = torch.cat([targets[i](v) for i, v in zip(moving.tolist(), noise_level(s).tolist())])
-            x, _ = guidance_step(model, x, phi_c, tol, max_iters)
-            s = score(model, x)
         sigma = noise_level(s)                                                 # σ̂
         h = h_0 * t / (1 + h_0 * (t - 1))
         gamma = math.sqrt((1 - beta * h) ** 2 - (1 - h) ** 2) * sigma
@@ -373,26 +368,22 @@ def cluster_members(flags, checkpoint, device, most=64):
 
 def draw(flags, model, checkpoint, targets, device):
     """The samples of every target, [(S, C, H, W)], and what the .json says of how they came about."""
-    matching = dict(tol=flags.match_tol, max_iters=flags.match_iters)
-    if targets and not flags.adaptive:
+    if targets:
         sigmas = np.linspace(flags.sigma_max, flags.sigma_min, flags.steps).tolist()
         samples, levels = around(model, checkpoint, [t[1:] for t in targets], flags.samples, sigmas,
-                                 flags.seed, flags.draws, progress=Progress(), **matching)
+                                 flags.seed, flags.draws, progress=Progress(), tol=flags.match_tol,
+                                 max_iters=flags.match_iters)
         if late := [int((~level["converged"]).sum()) for level in levels if not level["converged"].all()]:
             say(f"matching stopped at --match-iters {flags.match_iters} before {flags.match_tol:g} of the "
                 f"first loss at {len(late)} of {len(levels)} noise levels (at most {max(late)} samples)")
         return samples, dict(sigmas=sigmas, levels=levels)
-    n = flags.samples if targets else flags.unconditional
-    which = [(j, i) for j in range(len(targets) or 1) for i in range(n)]       # target, sample
-    phi_c = [target_phi(model, *targets[j][1:], flags.draws, seeded(device, flags.seed, 2, j, i))
-             for j, i in which] if targets else None
     x, steps = sample_unconditional(
         model, torch.tensor(checkpoint["mean"], device=device), (model.channels, *[checkpoint["size"]] * 2),
-        [seeded("cpu", flags.seed, 1, j, i) for j, i in which], flags.sigma_max, flags.sigma_min,
-        targets=phi_c, progress=Progress(), **matching)
+        [seeded("cpu", flags.seed, 1, 0, i) for i in range(flags.unconditional)], flags.sigma_max,
+        flags.sigma_min, progress=Progress())
     if late := int((steps >= 2000).sum()):
         say(f"warning: {late} samples did not reach σ {flags.sigma_min:g} in 2000 steps")
-    return x.split(n), dict(steps=steps.view(-1, n))
+    return [x], dict(steps=steps[None])
 
 
 def sample_sheet(flags, model, checkpoint, device):
@@ -459,10 +450,9 @@ def arguments():
     add("--unconditional", type=number(int, 1, 10_000), metavar="N", help="N samples without a target")
     add("--denoise", metavar="PICTURE", help="denoise one picture of any size")
     add("--noise", type=number(float, 0, 100), default=0.0, metavar="σ", help="with --denoise: noise to add")
-    add("--adaptive", action="store_true", help="σ estimated for each sample, not by schedule")
     add("--samples", type=number(int, 1, 10_000), default=8, help="for each target (default: %(default)s)")
     add("--sigma-max", type=number(float, 0, 100), help="first noise level (default: the checkpoint's)")
-    add("--sigma-min", type=number(float, 0, 100), help="last (default: 0.03; 0.04 where σ is estimated)")
+    add("--sigma-min", type=number(float, 0, 100), help="last (default: 0.03; --unconditional 0.04)")
     add("--steps", type=number(int, 2, 100_000), default=40, help="noise levels (default: %(default)s)")
     add("--draws", type=number(int, 1, 10_000), default=1, help="noise draws for φ_c (default: %(default)s)")
     add("--match-tol", type=number(float, 0, 1), default=0.01, help="share of the first loss (default: 0.01)")
@@ -476,13 +466,11 @@ def arguments():
     modes = [m for m in ("targets", "mix", "cluster", "unconditional", "denoise") if getattr(flags, m)]
     if len(modes) > 1:
         parser.error("give targets, or one of --mix, --cluster, --unconditional, --denoise")
-    mode, guided = "".join(modes) or "targets", "weights samples steps draws match_tol match_iters adaptive "
+    mode, guided = "".join(modes) or "targets", "weights samples steps draws match_tol match_iters "
     useless = dict(mix="noise", unconditional=guided + "noise", denoise=guided + "sigma_max sigma_min")
     for name in useless.get(mode, "weights noise").split():
         if getattr(flags, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no meaning with {'--' * (mode != 'targets')}{mode}")
-    if flags.adaptive and flags.steps != parser.get_default("steps"):
-        parser.error("--steps has no meaning with --adaptive")
     if flags.weights and (len(flags.weights) != len(flags.mix) or abs(sum(flags.weights)) < 1e-6):
         parser.error(f"--weights: {len(flags.mix)} pictures need as many numbers, and not of sum 0")
     return flags
@@ -498,7 +486,7 @@ def check(flags, checkpoint):
     if os.path.realpath(flags.out) in map(os.path.realpath, inputs):
         raise UserError(f"--out {flags.out}: is also to be read")
     flags.sigma_max = flags.sigma_max or checkpoint["sigma_max"]
-    flags.sigma_min = flags.sigma_min or (0.04 if flags.unconditional or flags.adaptive else 0.03)
+    flags.sigma_min = flags.sigma_min or (0.04 if flags.unconditional else 0.03)
     if flags.sigma_min >= flags.sigma_max:
         raise UserError(f"--sigma-min {flags.sigma_min:g} must be below --sigma-max {flags.sigma_max:g}")
     if flags.sigma_max > checkpoint["sigma_max"]:

@@ -1010,12 +1010,9 @@ def test_sample_does_not_depend_on_how_many(tiny):
     many = draw(4)[0]
     assert all(torch.equal(draw(n)[0], many[:n]) for n in (1, 2)) and torch.equal(draw(2, 2)[0], many[:2])
     assert gap(many[0], many[1]) > 1e-2
-    for guided in False, True:
-        targets = lambda n: [sample.target_phi(tiny, x[:1], generator=g) for g in generators(n, 9)]
-        free = lambda n: sample.sample_unconditional(
-            tiny, torch.full((3,), 0.5), (3, 16, 16), generators(n), max_steps=5,
-            targets=targets(n) if guided else None)[0]
-        assert torch.equal(free(3)[:2], free(2)) and torch.equal(free(3)[:1], free(1))
+    free = lambda n: sample.sample_unconditional(tiny, torch.full((3,), 0.5), (3, 16, 16), generators(n),
+                                                 max_steps=5)[0]
+    assert torch.equal(free(3)[:2], free(2)) and torch.equal(free(3)[:1], free(1))
 
 
 def test_sample_several_targets_keep_their_order():
@@ -1110,7 +1107,7 @@ def record(cli, tmp_path):
 @pytest.mark.parametrize("words, panels, steps", [
     (f"odd.png {FAST}", 1, 0), (f"gray.PNG alpha.png {FAST}", 2, 0), (f"--cluster k.npz:1 {FAST}", 1, 0),
     (FAST, 4, 0), (f"--sigma-max 2 dark.png {FAST}", 1, 0), ("--unconditional 3 --sigma-min 0.5", 1, 3),
-    ("dark.png light.png --adaptive --samples 3 --match-iters 2", 2, 3)])
+    ("dark.png light.png --samples 3 --match-iters 2 --steps 3", 2, 0)])
 def test_sample_odd_but_good(record, words, panels, steps, monkeypatch):
     # a picture or a mode that users have is not accepted, or its steps are not told
     free = functools.partial(sample.sample_unconditional, max_steps=3)
@@ -1683,7 +1680,7 @@ is also to be read | sample.py c.pt --out dark.png dark.png --force
 cannot be read | sample.py c.pt none.png | sample.py c.pt text.png | sample.py c.pt --mix dark.png half.png
 as many numbers, and not of sum 0 | sample.py c.pt --mix a b --weights 1 -1
 or one of | sample.py c.pt dark.png --mix light.png | sample.py c.pt dark.png --unconditional 3
---steps has no meaning with | sample.py c.pt --denoise a --steps 7 | sample.py c.pt --adaptive --steps 9
+--steps has no meaning with | sample.py c.pt --denoise a --steps 7
 not among | sample.py c.pt --cluster gone.npz:0
 no such cluster | sample.py c.pt --cluster k.npz:2
 must be below | sample.py c.pt dark.png --sigma-min 2
