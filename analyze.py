@@ -552,7 +552,7 @@ def neighbours(study):
     chosen = study.choose(POOL, 16)
     pixels, code = to_batch(study.x[chosen], "cpu"), study.code[chosen]
     labels, targets = study.labels[chosen], study.rng(17).permutation(len(chosen))[:20]
-    spaces = {"φ": code, "pixels": pixels.flatten(1), "pixels less their mean colour": less_colour(pixels)}
+    spaces = {"φ": code, "pixels": pixels.flatten(1), LESS_COLOUR: less_colour(pixels)}
     same, chance = {s: own_class(v, labels) for s, v in spaces.items()}, class_agreement(code, labels)[1]
     nulls = study.nulls(lambda v: own_class(v[study.sigma][chosen], labels).mean(), "untrained", "shuffled")
     gaps = subspace_gap(code, targets)
@@ -566,7 +566,7 @@ def neighbours(study):
 
     claims = [
         more_than("pixels", "φ-neighbours agree in class more than pixel-neighbours", "stark contrast"),
-        more_than("pixels less their mean colour", "… than pixels less their mean colour (our control)", "–"),
+        more_than(LESS_COLOUR, "… than pixels less their mean colour (our control)", "–"),
         study.claim("φ lies on a union of subspaces", "Fig. 5", "picture", mean_se(gaps), "pairs of groups",
                     study.nulls(lambda v: subspace_gap(v[study.sigma][chosen], targets).mean(), "untrained",
                                 "shuffled", "Gaussian"), 1, 0.02, beyond(mean_se(gaps)),

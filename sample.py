@@ -70,15 +70,15 @@ class Memory:
     A combination of them, which costs no gradient, first removes what it can of r = φ(x) − φ_c, as in
     Anderson acceleration and GMRES; the gradient step removes the rest, with 0.3 η: after the jump the full
     one goes too far. Far from φ_c, where φ is not nearly linear in x, jumps walk off: there are none after a
-    step that raised L, nor after 25 gradients. (80 pictures, each to take the φ of another one: all do, in 12
-    gradients instead of 17; with twenty steps kept throughout, 63 do. In Algorithm 1: 11–12 instead of 36–50.)
+    step that raised L, nor after 25 gradients. (80 pictures, each to take the φ of another one: all do, in
+    12 gradients instead of 17; with twenty steps kept throughout, 63 do. In Algorithm 1: 12, not 36 to 50.)
     """
 
     def __init__(self, size):
         self.size, self.jumps_left, self.past, self.last = size, 25, [], None  # past: pairs (ΔX, ΔΦ)
 
     def extrapolate(self, r, L):
-        """(the jump −ΔX c, the rest r − ΔΦ c, the factor of η), c = argmin ‖r − ΔΦ c‖², with a small ridge."""
+        """(the jump −ΔX c, the rest r − ΔΦ c, η's factor); c = argmin ‖r − ΔΦ c‖², with a small ridge."""
         if not self.size or not self.jumps_left or self.last is None:
             return 0, r, 1
         step, r_before, L_before = self.last
