@@ -398,6 +398,30 @@ def test_kmeans_seeding_is_greedy_kmeans_plus_plus(monkeypatch):
         assert found.shape == (restarts, K, 3) and gap(found, plain_seeding(x, K, restarts, 5)) == 0
 
 
+def test_kmeans_keeps_the_best_restart_and_stops_as_promised():
+    # a worse restart wins, or tol has another scale
+    x = blobs(300, 3, 9) + 0.01 * normal(300, 3).numpy()   # no two points alike
+    centred = torch.from_numpy(x - x.mean(0))
+    runs = [kmeans.lloyd(centred, c, 300, 0) for c in kmeans.seed_centers(centred, 9, 6, 3)]
+    inertias = [float((centred - c[labels]).square().sum()) for c, labels, _ in runs]
+    assert max(inertias) > min(inertias) * 1.001
+    assert KMeans(9, n_init=6, tol=0, seed=3).fit(x).inertia_ == pytest.approx(min(inertias), rel=1e-9)
+    init = x[np.random.default_rng(0).permutation(300)[:9]]
+    steps = [init] + [c for _, c, _ in plain_lloyd(x, init, 12)]
+    moves = [((b - a) ** 2).sum() / x.var(0).mean() for a, b in zip(steps, steps[1:])]
+    for tol in (0.6, 0.15, 0.04):
+        assert KMeans(9, init, tol=tol).fit(x).n_iter_ == 1 + next(i for i, m in enumerate(moves) if m <= tol)
+
+
+def test_kmeans_far_from_the_origin():
+    # float32 takes near points for one where ‖x‖ is large
+    blob = np.repeat(np.repeat([-3000.0, 3000], 50)[:, None], 2, 1)
+    blob[:, 0] += np.tile(5.0 * np.arange(50), 2)
+    x = (np.repeat(blob, 20, 0) + 0.1 * np.random.default_rng(0).normal(size=(2000, 2))).astype(np.float32)
+    exact = ((x.astype(float) - x.reshape(100, 20, 2).astype(float).mean(1).repeat(20, 0)) ** 2).sum()
+    assert KMeans(100, n_init=2).fit(x).inertia_ == pytest.approx(exact, rel=1e-9)
+
+
 def test_kmeans_corners():
     # one cluster, as many as points, empty clusters, duplicates, or other types are not handled
     x = np.random.default_rng(0).normal(size=(60, 5))
