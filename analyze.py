@@ -34,8 +34,8 @@ import torch.nn.functional as F
 
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
-from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots,
-                   draw_disc, evaluate, grid, initialise, limits, line, load_picture, nearest, own_class,
+from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots, draw_disc,
+                   evaluate, grid, initialise, is_synthetic, limits, line, load_picture, nearest, own_class,
                    picture_rows, plot, rule, seeded, split, to_batch, to_image, training_data, training_part)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
@@ -1672,12 +1672,15 @@ def arguments():
 
 def prepare(flags, path, model, checkpoint, device):
     """(the Study without φ, what its results depend on, names of the pictures, what they are). UserError."""
-    run = {**checkpoint["flags"], "data": flags.data or checkpoint["flags"]["data"]}
-    pictures, train, held_out = training_data(run)
+    data = flags.data or checkpoint["flags"]["data"]
+    gone = data and not flags.data and not (is_synthetic(data) or os.path.exists(data))
+    if gone:
+        say(f"{data}, of its training, is not here: built-in pictures instead; --data names others")
+    pictures, train, held_out = training_data({**checkpoint["flags"], "data": None if gone else data})
     own = pictures.fingerprint == checkpoint["fingerprint"]
-    if not own and not flags.data:
+    if not (own or flags.data or gone):
         raise UserError(f"{path}: the pictures of its training have changed; --data says which to analyse")
-    rows = np.arange(len(pictures.x)) if flags.data else held_out
+    rows = held_out if own and not flags.data else np.arange(len(pictures.x))
     rows = np.sort(np.random.default_rng((flags.seed, 10)).permutation(rows)[:flags.images])
     if len(rows) < 20:
         raise UserError(f"{len(rows)} {'' if flags.data else 'held-out '}pictures are too few, 20 are the "
