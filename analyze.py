@@ -1267,8 +1267,8 @@ def sure(y, x_hat, trace, sigma):
 def harmonics(study, pictures=4):
     """Paper B, Fig. 3: the basis in which the network shrinks a noisy picture, at the σ that is analysed.
 
-    Adapted: share of the contrast ‖x − its mean colour‖² in the first Σλ vectors. Decay: rank correlation of
-    λ_k with ⟨x, e_k⟩², k ≤ 200. Both less the same in the Wiener filter's basis.
+    Adapted: share of the contrast ‖x − its mean colour‖² in the first Σλ vectors (of 64 beyond 1,024 values).
+    Decay: rank correlation of λ_k with ⟨x, e_k⟩², k ≤ 200. Both less the same in the Wiener filter's basis.
     Nulls: the basis of another picture; a network of random weights. (The untrained network of the other
     analyses returns the mean colour: its J is 0.)
     """
