@@ -1928,3 +1928,20 @@ def test_versus_and_harmonics_from_the_command_line(shelf, cli, tmp_path, monkey
     found = json.loads((tmp_path / "disc" / "results.json").read_text())["analyses"]
     assert code == 0 and found["regularity"]["optimum"] == 1 and len(found["regularity"]["eigenvalues"]) == 12
     assert len(found["harmonics"]["effective_rank"]) == 4 and (tmp_path / "disc" / "harmonics.png").exists()
+
+
+# assets
+
+@pytest.mark.parametrize("name, code_sum, largest, psnr", [
+    ("textures", 26.2552, 2.2962, 18.612), ("photos", 24.0617, 1.5688, 21.418),
+    ("faces", 30.4214, 1.6298, 19.159)])
+def test_golden_weights(name, code_sum, largest, psnr):
+    # shipped weights, φ or the network are not what they were when the README's numbers were measured
+    model, checkpoint = load_checkpoint(HERE / "assets" / f"{name}.pt")
+    x = train.to_batch(train.builtin_pictures(15, 32, model.channels, seed=1)[0], "cpu")
+    code = phi(model, x, 0.3, 4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        error = (model(x + 0.2 * normal(*x.shape, seed=1)) - x).square().mean()
+    assert gap(code.sum(1).mean(), code_sum) < 1e-2 and gap(code[0].max(), largest) < 1e-3
+    assert gap(-10 * error.log10(), psnr) < 5e-3
+    assert "optimizer" not in checkpoint and checkpoint["flags"]["data"] == name
