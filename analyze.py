@@ -1179,16 +1179,18 @@ def draw_generalisation(found):
     x, N = [-20 * math.log10(s) for s in found[0]["sigmas"]], [v["N"] for v in found]
     top = max(max(v["psnr"]["training"].max(), v["psnr"]["held out"].max()) for v in found) + 3
     colors = {"training": ORANGE, "held out": BLUE, "exact, training": GRAY, "exact, held out": "#000000"}
-    psnr = [plot((530, 460), [line(x, v["psnr"][k], k, c) for k, c in colors.items()], "input PSNR (dB)",
+    columns = 2 if len(shown) in (2, 4) else 3
+    size = (1600 - 8 * columns) // columns
+    psnr = [plot((size, 460), [line(x, v["psnr"][k], k, c) for k, c in colors.items()], "input PSNR (dB)",
                  "output PSNR (dB)", f"N = {v['N']:,}", ylim=(5, top)) for v in shown]
     kinds = {"agreement": ("the two samples", BLUE), "nearest": ("sample to training", ORANGE),
              "shuffled": ("other noise", GRAY), "held_out": ("held out to training", GREEN)}
-    histograms = [plot((530, 360), [bars(v[LESS_COLOUR][k], 30, (-0.2, 1), *kinds[k]) for k in (
+    histograms = [plot((size, 360), [bars(v[LESS_COLOUR][k], 30, (-0.2, 1), *kinds[k]) for k in (
         "agreement", "nearest")], "cosine", "samples", f"N = {v['N']:,}") for v in shown]
     against_N = [plot((530, 460), [line(N, [np.mean(v[space][k]) for v in found], *kinds[k], True)
                                    for k in kinds], "N", "mean cosine", space, log="x")
                  for space in ("pixels", LESS_COLOUR, "φ")]
-    return grid([grid(psnr, 3, 5), grid(histograms, 3, 5), grid(against_N, 3, 5)], 1)
+    return grid([grid(psnr, columns, 5), grid(histograms, columns, 5), grid(against_N, 3, 5)], 1)
 
 
 # Paper B, §3, Inductive biases (its Fig. 3)
