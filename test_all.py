@@ -36,7 +36,7 @@ import train
 from kmeans import KMeans
 
 HERE = Path(__file__).parent
-torch.set_num_threads(1)                       # as in `python` below: sums are rounded by the number of threads
+torch.set_num_threads(1)                       # as in `python` below: sums are rounded by their number
 
 
 def gap(a, b):
