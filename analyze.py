@@ -1463,29 +1463,34 @@ def draw_regularity(results):
 def draw_emergence(found):
     """Use of M, class agreement, PR around M and selectivity against pictures seen: found [results.json].
 
-    Networks that have seen as many pictures (seeds) are one point, with a band of one SD. None if all are.
+    Networks that have seen as many pictures (seeds) are one point, with a band of one SD. What was not
+    measured (no classes) is left out. None if all have seen as many, or an analysis that it needs is missing.
     """
     seen = sorted({v["training"]["pictures_seen"] for v in found})
-    needed = {"neighbours", "sparsity", "selectivity"}
-    if len(seen) < 2 or any(needed - v["analyses"].keys() for v in found):
+    done = [{name for name, numbers in v["analyses"].items() if "skipped" not in numbers} for v in found]
+    if len(seen) < 2 or not {"neighbours", "sparsity", "selectivity"} <= set.intersection(*done):
         return None
 
-    def curve(value, label):
-        y = [[value(v) for v in found if v["training"]["pictures_seen"] == n] for n in seen]
-        mean, sd = (np.array([f(np.array(v, float)) for v in y]) for f in (np.mean, np.std))
+    def curve(label, value):
+        y = [[np.array(value(v), float).mean() for v in found if v["training"]["pictures_seen"] == n]
+             for n in seen]
+        mean, sd = (np.array([f(v) for v in y]) for f in (np.mean, np.std))
         return line(seen, mean, label, points=True, band=(mean - sd, mean + sd))
 
-    agreement = lambda space: lambda v: v["analyses"]["neighbours"]["agreement"][space][0]
     marks = {
-        "use of M (dB)": [curve(lambda v, s=s: v["alive"]["use"][s], f"σ {s}")
+        "use of M (dB)": [curve(f"σ {s}", lambda v, s=s: v["alive"]["use"][s])
                           for s in found[0]["alive"]["use"]],
-        "class agreement": [*(curve(agreement(k), k) for k in ("φ", "pixels", LESS_COLOUR)),
-                            curve(lambda v: np.mean(v["alive"]["untrained"]), "φ, untrained")],
-        "participation ratio": [curve(lambda v, k=k: np.mean(v["analyses"]["sparsity"][f"pr_{k}"]["M"]),
-                                      f"M's {k}") for k in ("input", "output")],
-        "channels' PR over pictures": [curve(lambda v, q=q: np.nanquantile(np.array(
-            v["analyses"]["selectivity"]["pr"], float), q), f"{q:.0%} below") for q in (0.1, 0.5, 0.9)]}
-    return grid([plot((796, 520), each, "pictures seen", label, log="x") for label, each in marks.items()], 2)
+        "class agreement": [
+            *(curve(k, lambda v, k=k: v["analyses"]["neighbours"]["agreement"][k][0])
+              for k in ("φ", "pixels", LESS_COLOUR)),
+            curve("φ, untrained", lambda v: v["alive"]["untrained"])],
+        "participation ratio": [curve(f"M's {k}", lambda v, k=k: v["analyses"]["sparsity"][f"pr_{k}"]["M"])
+                                for k in ("input", "output")],
+        "channels' PR over pictures": [curve(f"{q:.0%} below", lambda v, q=q: np.nanquantile(np.array(
+            v["analyses"]["selectivity"]["pr"], float), q)) for q in (0.1, 0.5, 0.9)]}
+    plots = [plot((796, 520), each, "pictures seen", label, log="x") for label, each in marks.items()
+             if np.isfinite(np.concatenate([mark.y for mark in each])).any()]
+    return grid(plots, 2)
 
 
 # Claims and the page

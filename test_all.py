@@ -1662,6 +1662,22 @@ def test_analyze_structureless_phi_through_the_whole_pipeline(shelf, flags, monk
     assert claims and not [c["claim"] for c in claims if c["on_phi"] and c["verdict"] == "holds"]
 
 
+def test_analyze_growth_without_classes_and_with_gaps():
+    # pictures without classes, or an analysis that was left out, stop the figure after all the work
+    def results(seen, agreement, **more):
+        numbers = dict(sparsity=dict(pr_input=dict(M=[0.5, 0.7]), pr_output=dict(M=[0.2, 0.4])),
+                       selectivity=dict(pr=[0.1, 0.5, None]),
+                       neighbours=dict(agreement={k: [agreement, None] for k in (
+                           "φ", "pixels", analyze.LESS_COLOUR)}))
+        return dict(training=dict(pictures_seen=seen), analyses={**numbers, **more},
+                    alive=dict(use={"0.5": 1.0}, untrained=[agreement] * 3))
+
+    whole, bare = ([results(n, v) for n in (100, 200)] for v in (0.5, None))
+    assert analyze.draw_emergence(whole).height == analyze.draw_emergence(bare).height > 1000
+    assert analyze.draw_emergence([whole[0], results(200, 0.5, selectivity=dict(skipped="alike"))]) is None
+    assert analyze.draw_emergence([whole[0], whole[0]]) is None
+
+
 # All scripts: what cannot run
 
 
