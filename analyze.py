@@ -181,39 +181,45 @@ class Study:
         """`measure` of every replicate of these nulls: {name: [result]}."""
         return {name: [measure(phis) for phis in self.replicates(name)] for name in names}
 
-    def claim(self, text, place, paper, here, over, nulls, sign=1, effect=0.0, own=True, rule="",
-              on_phi=True):
-        """A sentence of the paper and its verdict: dict(claim, verdict, value, error, nulls, …).
-
-        here: (value, standard error over what `over` names). nulls: {name: values of its replicates, computed
-        alike}. own: whether the claim's own rule holds, None: cannot be told; `rule` says it in words. It
-        holds if `own` does and, for each null, the value is farther in the direction `sign` (0: in either)
-        than the null's mean, by `effect` and by two combined standard deviations, and than each replicate.
-        on_phi: says something about φ, so that there is no verdict if M is not in use.
-        """
-        (value, error), ahead, shown = map(float, here), [], {}
-        for name, v in nulls.items():
-            v = np.asarray(v, float)
-            v = v[np.isfinite(v)]
-            if len(v):
-                spread = float(v.std(ddof=1)) if len(v) > 1 else 0.0
-                shown[name] = [float(v.mean()), spread, len(v)]
-                gaps = (sign or np.sign(value - v.mean())) * (value - v)
-                ahead.append(gaps.mean() >= effect and gaps.mean() > 2 * math.hypot(error, spread)
-                             and gaps.min() > 0)
-        verdict = "holds" if own and all(ahead) else "fails"
-        if own is None or not math.isfinite(value + error):
-            verdict = "not comparable"
-        if on_phi and self.alive["why"]:
-            verdict, rule = "not comparable", "M is not in use"
-        return dict(claim=text, place=place, paper=paper, verdict=verdict, value=value, error=error,
-                    over=over, nulls=shown, effect=effect, rule=rule, on_phi=on_phi)
+    def claim(self, *sentence, on_phi=True, **options):
+        """`claim`; on_phi: of φ, so that there is no verdict if M is not in use."""
+        why = "M is not in use" if on_phi and self.alive["why"] else ""
+        return claim(*sentence, **options, on_phi=on_phi, why=why)
 
     def figure(self, name, image, text):
         """Write a figure; `text` says what to see in it."""
         with write(os.path.join(self.out, name + ".png")) as file:
             image.save(file, "png")
         self.captions[name] = text
+
+
+def claim(text, place, paper, here, over, nulls, sign=1, effect=0.0, own=True, rule="", on_phi=False,
+          why=""):
+    """A sentence of the paper and its verdict: dict(claim, verdict, value, error, nulls, …).
+
+    here: (value, standard error over what `over` names). nulls: {name: values of its replicates, computed
+    alike}. own: whether the claim's own rule holds, None: cannot be told; `rule` says it in words. It holds
+    if `own` does and, for each null, the value is farther in the direction `sign` (0: in either) than the
+    null's mean, by `effect` and by two combined standard deviations, and than each replicate.
+    on_phi: it says something about φ. why: the reason if it is not to be judged at all.
+    """
+    (value, error), ahead, shown = map(float, here), [], {}
+    for name, v in nulls.items():
+        v = np.asarray(v, float)
+        v = v[np.isfinite(v)]
+        if len(v):
+            spread = float(v.std(ddof=1)) if len(v) > 1 else 0.0
+            shown[name] = [float(v.mean()), spread, len(v)]
+            gaps = (sign or np.sign(value - v.mean())) * (value - v)
+            ahead.append(gaps.mean() >= effect and gaps.mean() > 2 * math.hypot(error, spread)
+                         and gaps.min() > 0)
+    verdict = "holds" if own and all(ahead) else "fails"
+    if own is None or not math.isfinite(value + error):
+        verdict = "not comparable"
+    if why:
+        verdict, rule = "not comparable", why
+    return dict(claim=text, place=place, paper=paper, verdict=verdict, value=value, error=error, over=over,
+                nulls=shown, effect=effect, rule=rule, on_phi=on_phi)
 
 
 # Measures
@@ -1049,11 +1055,11 @@ def denoising(study, parts=8):
     gap = [(p[0] - q[0], math.hypot(p[1], q[1])) for p, q in zip(*means.values())] if len(sides) == 2 else []
     difference, error = max(gap, key=lambda gap: abs(gap[0]) + 2 * gap[1], default=NOTHING)
     known = math.isfinite(error)
-    claims = [study.claim(
+    claims = [claim(
         "training and held-out PSNR agree", "paper B, Fig. 1", "equal at 100,000 pictures",
         (difference, error), "parts", {}, 0, 0.0, abs(difference) + 2 * error <= 0.1 if known else None,
         "largest difference in dB at any σ; with two errors within 0.1" if known else
-        "no training pictures among these, or too few for an error", on_phi=False)]
+        "no training pictures among these, or too few for an error")]
     x = [-20 * math.log10(s) for s in sigmas]
     marks = [line(x, v.mean(0), name, color, True, (v.mean(0) - v.std(0), v.mean(0) + v.std(0)))
              for (name, v), color in zip(curves.items(), (ORANGE, BLUE))]
@@ -1138,7 +1144,7 @@ def generalisation(study, pairs):
     Nulls: samples from other noise; the smallest N. Control: held-out pictures instead of samples.
     """
     found, rows = zip(*(compare_pair(study, pair) for pair in pairs))
-    least, most, claim = found[0], found[-1], functools.partial(study.claim, on_phi=False)
+    least, most = found[0], found[-1]
     small = lambda value: {f"N = {least['N']:,}": [value]} if len(found) > 1 else {}
     gap = lambda v: v["psnr"]["training"] - v["psnr"]["held out"]
     cosine = lambda v, key: mean_se(v[LESS_COLOUR][key])
@@ -1296,7 +1302,7 @@ def harmonics(study, pictures=4):
                           for c, v in zip(squares, bases)]])
 
     own, fixed = measured(here), measured([linear] * len(x))
-    claims = claims_on_basis(study, own - fixed, {
+    claims = claims_on_basis(own - fixed, {
         "another picture's": [measured(here[s:] + here[:s]) - fixed for s in range(1, len(x))],
         "untrained": [measured(untrained) - fixed]}, here, untrained)
     study.figure("harmonics", draw_harmonics(study, x, y, here, linear),
@@ -1311,18 +1317,18 @@ def harmonics(study, pictures=4):
                 squared_error=[(f["x_hat"].view(u.shape) - u).square().sum() for u, f in zip(x, here)])
 
 
-def claims_on_basis(study, lead, nulls, here, untrained):
+def claims_on_basis(lead, nulls, here, untrained):
     """The claims of `harmonics`: its leads over the Wiener filter's basis, (2, pictures); J's asymmetry."""
     asymmetry = mean_se([v["asymmetry"] for v in here])
-    return [*(study.claim(text, "paper B, Fig. 3", "picture", mean_se(lead[i]), "pictures",
-                          {name: [v[i].mean() for v in null] for name, null in nulls.items()}, 1, 0.02,
-                          beyond(mean_se(lead[i])), f"{rule}, less that of the Wiener filter", on_phi=False)
+    return [*(claim(text, "paper B, Fig. 3", "picture", mean_se(lead[i]), "pictures",
+                    {name: [v[i].mean() for v in null] for name, null in nulls.items()}, 1, 0.02,
+                    beyond(mean_se(lead[i])), f"{rule}, less that of the Wiener filter")
               for i, text, rule in (
                   (0, "the basis is adapted to the picture", "share of its contrast that Σλ vectors hold"),
                   (1, "eigenvalues and coefficients decay together", "rank correlation of λ_k, ⟨x, e_k⟩²"))),
-            study.claim("the Jacobian is nearly symmetric", "paper B, §3", "an optimal one is", asymmetry,
-                        "pictures", dict(untrained=[v["asymmetry"] for v in untrained]), -1, 0.1,
-                        asymmetry[0] <= 0.3, "‖J − Jᵀ‖/‖J‖, at most 0.3", on_phi=False)]
+            claim("the Jacobian is nearly symmetric", "paper B, §3", "an optimal one is", asymmetry,
+                  "pictures", dict(untrained=[v["asymmetry"] for v in untrained]), -1, 0.1,
+                  asymmetry[0] <= 0.3, "‖J − Jᵀ‖/‖J‖, at most 0.3")]
 
 
 def draw_harmonics(study, x, y, here, linear):
@@ -1407,11 +1413,11 @@ def regularity(study, parts=8):
     psnr = [psnr_curve(lambda y, s: study.model.denoise(y), part, FIT) for part in x.tensor_split(parts)]
     linear = psnr_curve(wiener(to_batch(study.training, study.device))[0], x, FIT)
     found = mean_se(slope(psnr))
-    claims = [study.claim(
+    claims = [claim(
         f"slope on {data} is near the optimum {best:.2f}", "paper B, Fig. 4, 5",
         {1: ".46", 2: ".61", 3: ".75", 5: ".83", 1e9: "below 1"}.get(alpha, "–"), found, "parts",
         dict(Wiener=[float(slope(linear))]), 1, 0.02, abs(found[0] - best) <= 0.1,
-        "dB of output per dB of input; within 0.1 of the optimum, above the linear filter's", on_phi=False)]
+        "dB of output per dB of input; within 0.1 of the optimum, above the linear filter's")]
     numbers = dict(data=data, slope=found, optimum=best, linear=float(slope(linear)), sigmas=FIT,
                    psnr=np.mean(psnr, 0), linear_psnr=linear, claims=claims,
                    **(disc_jacobian(study) if data == "disc" else {}))
@@ -1431,9 +1437,8 @@ def compare_regularity(out, found):
         draw_regularity(found).save(file, "png")
     each = ", ".join(f"{a:.2f} (optimum {b:.2f}, Wiener {c:.2f})" for a, b, c in zip(here, best, linear))
     order = rank_correlation(np.array(best), np.array(here)), 0.0
-    return Study.claim(None, "slopes rise with the regularity of the pictures", "paper B, Fig. 4, 5",
-                       "in order", order, "kinds of pictures", {}, own=order[0] == 1,
-                       rule=f"rank correlation; {each}", on_phi=False)
+    return claim("slopes rise with the regularity of the pictures", "paper B, Fig. 4, 5", "in order", order,
+                 "kinds of pictures", {}, own=order[0] == 1, rule=f"rank correlation; {each}")
 
 
 REGULARITY = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity; slopes of these curves against "
