@@ -313,6 +313,11 @@ def beyond(pair, sign=1):
     return bool(sign * pair[0] > 2 * pair[1]) if math.isfinite(pair[1]) else None
 
 
+def input_psnr(sigmas):
+    """PSNR of the noisy pictures at each σ, in dB, an array."""
+    return -20 * np.log10(sigmas)
+
+
 def less_colour(x):
     """Pictures (n, C, H, W) less their mean colour, as unit vectors (n, C·H·W)."""
     return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1)
@@ -1060,7 +1065,7 @@ def denoising(study, parts=8):
         (difference, error), "parts", {}, 0, 0.0, abs(difference) + 2 * error <= 0.1 if known else None,
         "largest difference in dB at any σ; with two errors within 0.1" if known else
         "no training pictures among these, or too few for an error")]
-    x = [-20 * math.log10(s) for s in sigmas]
+    x = input_psnr(sigmas)
     marks = [line(x, v.mean(0), name, color, True, (v.mean(0) - v.std(0), v.mean(0) + v.std(0)))
              for (name, v), color in zip(curves.items(), (ORANGE, BLUE))]
     study.figure("denoising", plot((1600, 800), [*marks, line(x, x, "no denoising", GRAY)], "input PSNR (dB)",
@@ -1182,7 +1187,7 @@ def generalisation(study, pairs):
 def draw_generalisation(found):
     """For every N (at most six) a plot of PSNR and the histograms of cosines; mean cosines against N."""
     shown = [found[i] for i in sorted({round(v) for v in np.linspace(0, len(found) - 1, 6)})]
-    x, N = [-20 * math.log10(s) for s in found[0]["sigmas"]], [v["N"] for v in found]
+    x, N = input_psnr(found[0]["sigmas"]), [v["N"] for v in found]
     top = max(max(v["psnr"]["training"].max(), v["psnr"]["held out"].max()) for v in found) + 3
     colors = {"training": ORANGE, "held out": BLUE, "exact, training": GRAY, "exact, held out": "#000000"}
     columns = 2 if len(shown) in (2, 4) else 3
@@ -1250,25 +1255,31 @@ def shrinkage(model, y, k=64, full=1024, generator=None):
     """
     flat, D = y.flatten(), y.numel()
     f = lambda v: model.denoise(v.view(1, *y.shape)).flatten()
-    x_hat, pull = torch.func.vjp(f, flat)
-    _, push = torch.func.vjp(lambda u: torch.func.vjp(f, flat)[1](u)[0], torch.zeros_like(flat))
-    J_times, JT_times = lambda v: push(v)[0], lambda v: pull(v)[0]     # (torch's jvp fails in GroupNorm)
     if D <= full:
         J = torch.cat([rows_of_jacobian(model, y, part) for part in torch.eye(D).to(y).split(64)])
         values, vectors = (v.flip(-1) for v in torch.linalg.eigh((J + J.T) / 2))
-        trace, asymmetry = J.trace(), (J - J.T).norm() / J.norm()
+        trace, asymmetry, x_hat, Jy = J.trace(), (J - J.T).norm() / J.norm(), f(flat), J @ flat
     else:
+        x_hat, pull = torch.func.vjp(f, flat)
+        _, push = torch.func.vjp(lambda u: torch.func.vjp(f, flat)[1](u)[0], torch.zeros_like(flat))
+        J_times, JT_times = lambda v: push(v)[0], lambda v: pull(v)[0]         # torch's jvp: not in GroupNorm
         signs = torch.randint(0, 2, (32, D), generator=generator, device=y.device).to(y) * 2 - 1
         Jv, JTv = (torch.stack([product(v) for v in signs]) for product in (J_times, JT_times))
         trace, asymmetry = (signs * Jv).sum(1).mean(), (Jv - JTv).norm() / Jv.norm()
         values, vectors = ritz(lambda v: (J_times(v) + JT_times(v)) / 2, Jv[0], k)
+        Jy = J_times(flat)
     return dict(x_hat=x_hat, values=values, vectors=vectors, trace=float(trace), asymmetry=float(asymmetry),
-                bias=float((x_hat - J_times(flat)).norm() / x_hat.norm()))
+                bias=float((x_hat - Jy).norm() / x_hat.norm()))
 
 
 def sure(y, x_hat, trace, sigma):
     """Stein's unbiased estimate of ‖x̂ − x‖² (pixels²), from y alone: ‖y − x̂‖² + σ² (2 tr J − D)."""
     return float((y.flatten() - x_hat.flatten()).square().sum() + sigma ** 2 * (2 * trace - y.numel()))
+
+
+def coefficients(x, basis):
+    """⟨x, e_k⟩² (m,) of a picture (C, H, W) less its mean colour, of norm 1, in a basis dict(vectors (D, m))."""
+    return (less_colour(x[None])[0] @ basis["vectors"]).square().cpu().numpy()
 
 
 @analysis(12, "harmonics")
@@ -1296,9 +1307,9 @@ def harmonics(study, pictures=4):
     ranks_ = [max(1, round(v["trace"])) for v in here]
 
     def measured(bases):                                   # of `shrinkage`, one a picture -> (2, pictures)
-        squares = [(less_colour(u[None])[0] @ v["vectors"]).square() for u, v in zip(x, bases)]
-        return np.array([[float(c[:k].sum()) for c, k in zip(squares, ranks_)],
-                         [rank_correlation(v["values"][:200].cpu().numpy(), c[:200].cpu().numpy())
+        squares = list(map(coefficients, x, bases))
+        return np.array([[c[:k].sum() for c, k in zip(squares, ranks_)],
+                         [rank_correlation(v["values"][:200].cpu().numpy(), c[:200])
                           for c, v in zip(squares, bases)]])
 
     own, fixed = measured(here), measured([linear] * len(x))
@@ -1340,10 +1351,6 @@ def draw_harmonics(study, x, y, here, linear):
         vectors = basis["vectors"][:, [k - 1 for k in places]].T.reshape(-1, *x.shape[1:])
         return grid([*first, *[to_image(0.5 + 0.5 * v / v.abs().max(), 128) for v in vectors]], 12, 4)
 
-    def coefficients(u, basis):                            # ⟨x, e_k⟩², k ≤ 200, the mean of five neighbours
-        square = (less_colour(u[None])[0] @ basis["vectors"][:, :200]).square().cpu().numpy()
-        return np.convolve(square, np.ones(5) / 5, "valid").clip(1e-7)
-
     head = [caption(name, 22, 128) for name in ("x", "y", "x̂", *(f"e {k}" for k in places))]
     rows = [row([to_image(v, 128) for v in (u, noisy, f["x_hat"].view(u.shape))], f) for u, noisy, f in
             zip(x, y, here)]
@@ -1352,7 +1359,8 @@ def draw_harmonics(study, x, y, here, linear):
     names = [*(f"picture {i + 1}" for i in range(len(x))), "Wiener"]
     values = [line(range(1, 1 + len(v)), v, n) for n, v in zip(names, (
         basis["values"][:200].cpu() for basis in (*here, linear)))]
-    squares = [line(range(3, 3 + len(v)), v, n) for n, v in zip(names, map(coefficients, x, here))]
+    means = [np.convolve(coefficients(u, basis)[:200], np.ones(5) / 5, "valid") for u, basis in zip(x, here)]
+    squares = [line(range(3, 3 + len(v)), v.clip(1e-7), n) for n, v in zip(names, means)]
     plots = [plot((796, 500), values, "k", "eigenvalue λ_k"),
              plot((796, 500), squares, "k", "⟨x, e_k⟩² (mean of five)", log="y")]
     return grid([grid(head, 12, 4), *rows, grid(plots, 2)], 1)
@@ -1365,7 +1373,7 @@ FIT = [10 ** (-psnr / 20) for psnr in range(0, 21, 2)]     # σ of the fit: 1 to
 
 def slope(psnr):
     """Least-squares slope of output PSNR (…, len(FIT)), in dB, against input PSNR."""
-    x = -20 * np.log10(FIT)
+    x = input_psnr(FIT)
     return np.asarray(psnr) @ (x - x.mean()) / np.square(x - x.mean()).sum()
 
 
@@ -1447,7 +1455,7 @@ REGULARITY = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity; sl
 
 def draw_regularity(results):
     """Curves and slopes of several networks' `regularity`; for discs, the Jacobian's eigenvalues."""
-    x, kinds = [-20 * math.log10(s) for s in FIT], list(dict.fromkeys(v["data"] for v in results))
+    x, kinds = input_psnr(FIT), list(dict.fromkeys(v["data"] for v in results))
     curves = [line(x, np.mean([v["psnr"] for v in results if v["data"] == kind], 0), kind, points=True)
               for kind in kinds]
     on_discs = [v["eigenvalues"] for v in results if "eigenvalues" in v]
