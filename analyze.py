@@ -1278,7 +1278,7 @@ def sure(y, x_hat, trace, sigma):
 
 
 def coefficients(x, basis):
-    """⟨x, e_k⟩² (m,) of a picture (C, H, W) less its mean colour, of norm 1, in a basis dict(vectors (D, m))."""
+    """⟨x, e_k⟩² (m,) in a basis dict(vectors (D, m)), of x (C, H, W) less its mean colour and of norm 1."""
     return (less_colour(x[None])[0] @ basis["vectors"]).square().cpu().numpy()
 
 
