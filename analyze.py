@@ -133,17 +133,17 @@ class Study:
         return out
 
     @functools.cached_property
-    def selectivity(self):
-        """PR of every channel over the pictures, (d,), NaN if it is always silent (§2.4)."""
-        return participation_ratio(self.code.double(), 0).numpy()
+    def channel_pr(self):
+        """`channel_selectivity` of φ, (d,)."""
+        return channel_selectivity(self.code)
 
     def channels(self):
         """(specialised, common) channels, most selective first: PR below, above Otsu's threshold; or Skip."""
-        order = np.argsort(self.selectivity)
-        order = order[np.isfinite(self.selectivity[order])]
-        if len(order) < 4 or np.ptp(self.selectivity[order]) == 0:
+        order = np.argsort(self.channel_pr)
+        order = order[np.isfinite(self.channel_pr[order])]
+        if len(order) < 4 or np.ptp(self.channel_pr[order]) == 0:
             raise Skip("all channels of φ are equally selective")
-        low = self.selectivity[order] < otsu(self.selectivity[order])
+        low = self.channel_pr[order] < otsu(self.channel_pr[order])
         return order[low], order[~low]
 
     @functools.cached_property
@@ -193,14 +193,15 @@ class Study:
         self.captions[name] = text
 
 
-def claim(text, place, paper, here, over, nulls, sign=1, effect=0.0, own=True, rule="", on_phi=False,
+def claim(text, place, paper, here, over, nulls, *, sign=1, effect=0.0, own=True, rule="", on_phi=False,
           why=""):
     """A sentence of the paper and its verdict: dict(claim, verdict, value, error, nulls, …).
 
-    here: (value, standard error over what `over` names). nulls: {name: values of its replicates, computed
-    alike}. own: whether the claim's own rule holds, None: cannot be told; `rule` says it in words. It holds
-    if `own` does and, for each null, the value is farther in the direction `sign` (0: in either) than the
-    null's mean, by `effect` and by two combined standard deviations, and than each replicate.
+    paper: what it says, in a word. here: (value, standard error over what `over` names). nulls: {name: values
+    of its replicates, computed alike}. own: whether the claim's own rule holds, None: cannot be told; `rule`
+    says it in words. It holds if `own` does and, for each null, the value is farther in the direction `sign`
+    (0: in either) than the null's mean, by `effect` and by two combined standard deviations, and than each
+    replicate.
     on_phi: it says something about φ. why: the reason if it is not to be judged at all.
     """
     (value, error), ahead, shown = map(float, here), [], {}
@@ -370,16 +371,17 @@ def sparsity(study):
         worst = [min((v[b] for b in picked), key=lambda c: sign * c[0], default=NOTHING) for v in changes]
         each = ", ".join(f"{b} {changes[0][b][0]:+.3f}" for b in picked) or "no such block"
         return study.claim(text, place, "falls" if sign < 0 else "rises", worst[0], "pictures",
-                           dict(untrained=[m for m, _ in worst[1:]]), sign, 0.02, beyond(worst[0], sign),
-                           f"change of PR, {each}", on_phi=kind == "M")
+                           dict(untrained=[m for m, _ in worst[1:]]), sign=sign, effect=0.02,
+                           own=beyond(worst[0], sign), rule=f"change of PR, {each}", on_phi=kind == "M")
 
     claims = [
         moves("PR falls from the input to the output of M", "Fig. 1, 10", "M", -1),
         moves("PR falls in the decoder blocks", "Fig. 1", "D", -1),
         moves("PR rises in the encoder blocks", "Fig. 1", "E", 1),
         study.claim("φ's PR lies in 0.2–0.3", "§2.5, Fig. 1", "0.2–0.3", mean_se(of_phi), "pictures",
-                    study.nulls(lambda v: ratio(v[study.sigma]).mean(), "untrained", "shuffled"), 0, 0.02,
-                    0.2 <= of_phi.mean() <= 0.3, "in the range, and not as with shuffled channels")]
+                    study.nulls(lambda v: ratio(v[study.sigma]).mean(), "untrained", "shuffled"), sign=0,
+                    effect=0.02, own=0.2 <= of_phi.mean() <= 0.3,
+                    rule="in the range, and not as with shuffled channels")]
     plots = [plot((530, 400), [bars(v, 30, limits(np.concatenate(here[b])), name, color) for v, name, color in
                           zip(here[b], ("input", "output"), (ORANGE, GREEN))],
                   "participation ratio", "pictures", b) for b in names]
@@ -430,13 +432,13 @@ def stability(study):
     nulls = lambda key: dict(untrained=[v[key][0] for v in untrained])
     claims = [
         study.claim(f"M is the most stable block, σ in {inside[0]:g}–{inside[-1]:g}", "Fig. 2, 11",
-                    "M highest", lead, "pictures", nulls("lead"), 1, 0.01,
-                    beyond(lead) and beyond(apart) and apart[0] > 0.02,
-                    f"lead over {here['next_best']} in mean cosine; above the cosine of different pictures "
-                    f"by {apart[0]:.3f} (at least 0.02)"),
+                    "M highest", lead, "pictures", nulls("lead"), effect=0.01,
+                    own=beyond(lead) and beyond(apart) and apart[0] > 0.02,
+                    rule=f"lead over {here['next_best']} in mean cosine; above the cosine of different "
+                    f"pictures by {apart[0]:.3f} (at least 0.02)"),
         study.claim("φ collapses to zero as σ → 0", "Fig. 2, App. B.3", "collapses", norm, "pictures",
-                    nulls("norm_at_0"), -1, 0.05, norm[0] < 0.1,
-                    f"‖φ‖ at σ = 0 over that at {study.sigma_1:g}, below a tenth")]
+                    nulls("norm_at_0"), sign=-1, effect=0.05, own=norm[0] < 0.1,
+                    rule=f"‖φ‖ at σ = 0 over that at {study.sigma_1:g}, below a tenth")]
     place = np.maximum(levels, 0.005)                      # 0 has no place on a logarithmic axis
     marks = [line(place, m, b, band=(m - sd[b], m + sd[b]) if b == "M" else None, width=9 if b == "M" else 5)
              for b, m in mean.items()]
@@ -450,6 +452,14 @@ def stability(study):
 
 
 # §2.4, Denoising and channel selectivity (Fig. 3, 4, 12)
+
+def channel_selectivity(code):
+    """Selectivity of every channel (§2.4): its PR over the n pictures of code (n, d), (d,).
+
+    Small: few pictures excite it (specialised); large: most do (common); NaN: none does.
+    """
+    return participation_ratio(code.double(), 0).numpy()
+
 
 def top_pictures(code, channel, k=9):
     """The at most k pictures that excite a channel most, largest first, and how many excite it at all."""
@@ -466,16 +476,16 @@ def selectivity(study):
     pass. Error: bootstrap over channels. Null: the untrained network's dip (shuffling keeps every channel's
     PR over the pictures, and so does a Gaussian's mean and variance).
     """
-    every, code, rng = study.selectivity, study.code, study.rng(12)
+    every, code, rng = study.channel_pr, study.code, study.rng(12)
     pr, (special, common) = every[np.isfinite(every)], study.channels()
     found, threshold = dip(pr), otsu(pr)
     p = float(np.mean([dip(rng.random(len(pr))) >= found for _ in range(500)]))
     error = float(np.std([dip(rng.choice(pr, len(pr))) for _ in range(50)]))
     claims = [study.claim(
         "channel selectivity is bimodal", "Fig. 3", "bimodal on ImageNet", (found, error), "channels",
-        study.nulls(lambda v: dip(participation_ratio(v[study.sigma].double(), 0).nan_to_num().numpy()),
-                    "untrained"), 1, 0.01, p < 0.05,
-        f"Hartigan's dip, p = {p:.3f}, below 0.05; {len(special)} specialised, {len(common)} common")]
+        study.nulls(lambda v: dip(np.nan_to_num(channel_selectivity(v[study.sigma]))), "untrained"),
+        effect=0.01, own=p < 0.05,
+        rule=f"Hartigan's dip, p = {p:.3f}, below 0.05; {len(special)} specialised, {len(common)} common")]
     histogram = plot((1600, 480), [bars(pr, 40), rule(x=threshold, label="threshold (Otsu)", color=RED)],
                      "participation ratio over the pictures", "channels of φ")
     shown, cells = [*special[:4], *common[::-1][:2]], []
@@ -513,7 +523,7 @@ def attributes(study):
         top = [top_pictures(code, c)[0] for c in best]
         numbers.append(dict(name=name, channels=best, response=value, top=top))
         cells += [titled(name, to_image(picture, 380), 392), *(
-            titled(f"channel {c}, PR {study.selectivity[c]:.2g}; {v:.1f} r.m.s.",
+            titled(f"channel {c}, PR {study.channel_pr[c]:.2g}; {v:.1f} r.m.s.",
                    panel(study.pictures(rows), side=122), 392) for c, v, rows in zip(best, value, top))]
     study.figure("attributes", grid(cells, 1 + min(3, len(special))),
                  "Fig. 4. Left, a picture; right, what else excites the three specialised channels that "
@@ -573,15 +583,16 @@ def neighbours(study):
         rule = (f"lead in class agreement: φ {means['φ']:.3f}, {space} {means[space]:.3f}, chance "
                 f"{chance:.3f}" if math.isfinite(chance) else "no class labels")
         leads = {name: np.subtract(v, means[space]) for name, v in nulls.items()}
-        return study.claim(text, "Fig. 5, 14", paper, here, "queries", leads, 1, 0.02, beyond(here), rule)
+        return study.claim(text, "Fig. 5, 14", paper, here, "queries", leads, effect=0.02, own=beyond(here),
+                           rule=rule)
 
     claims = [
         more_than("pixels", "φ-neighbours agree in class more than pixel-neighbours", "stark contrast"),
         more_than(LESS_COLOUR, "… than pixels less their mean colour (our control)", "–"),
         study.claim("φ lies on a union of subspaces", "Fig. 5", "picture", mean_se(gaps), "pairs of groups",
                     study.nulls(lambda v: subspace_gap(v[study.sigma][chosen], targets).mean(), "untrained",
-                                "shuffled", "Gaussian"), 1, 0.02, beyond(mean_se(gaps)),
-                    "energy of neighbours in their own three directions less that in another group's")]
+                                "shuffled", "Gaussian"), effect=0.02, own=beyond(mean_se(gaps)),
+                    rule="energy of neighbours in their own three directions less that in another group's")]
     sheets = [titled(f"nearest in {s} to the framed picture", panel(
         pixels[nearest(spaces[s], [query], 8)[0]], pixels[query, None], side=256), 790, 24)
               for query, _ in two_groups(code, targets[0], 2) for s in ("φ", "pixels")]
@@ -672,7 +683,7 @@ def clusters(study):
 
     def judge(text, place, paper, key, over, effect, own, rule):
         means = {name: [v[key][0] for v in values] for name, values in nulls.items()}
-        return study.claim(text, place, paper, here[key], over, means, 1, effect, own, rule)
+        return study.claim(text, place, paper, here[key], over, means, effect=effect, own=own, rule=rule)
 
     seeds, start_seeds, classes = here["seeds"], here["start_seeds"], here["start_classes"]
     least = lambda key, bound: None if math.isnan(here[key][0]) else bool(here[key][0] >= bound)
@@ -790,7 +801,7 @@ def channel_properties(study, model, phis, chosen):
     code, response = phis[study.sigma].double(), tuning(study, model).clip(0)
     spatial, dimension = map_statistics(study, model, chosen)
     best = response.max((1, 2), keepdims=True)
-    out = dict(pr=participation_ratio(code[::2], 0).numpy(), kurtosis=kurtosis(code[1::2]).numpy(),
+    out = dict(pr=channel_selectivity(code[::2]), kurtosis=kurtosis(code[1::2]).numpy(),
                spatial_pr=spatial, pca_dimension=dimension,
                tuning=np.where(best[:, 0, 0] > 0, (response > best / 2).mean((1, 2)), math.nan))
     for other in (v.double() for v in list(phis.values())[1:2]):
@@ -829,9 +840,9 @@ def channels(study):
         rho, sd, low, high = correlation.get(name, 2 * NOTHING)
         nulls = [rank_correlation(v["pr"], v[name]) for v in untrained if name in v]
         return study.claim(
-            text, place, paper, (rho, sd), "channels", dict(untrained=nulls), sign, 0.1,
-            sign * rho > chance if math.isfinite(rho) else None,
-            f"rank correlation with PR, 95 % in [{low:.2f}, {high:.2f}], beyond chance, {chance:.2f}")
+            text, place, paper, (rho, sd), "channels", dict(untrained=nulls), sign=sign, effect=0.1,
+            own=sign * rho > chance if math.isfinite(rho) else None,
+            rule=f"rank correlation with PR, 95 % in [{low:.2f}, {high:.2f}], beyond chance, {chance:.2f}")
 
     (near, contrast), *others = (tails(v["pr"], v["kurtosis"]) for v in every)
     samples = study.rng(24).integers(len(found["pr"]), size=(100, len(found["pr"])))
@@ -841,10 +852,10 @@ def channels(study):
     claims = [
         goes("specialised channels have heavier tails", "Fig. 13", "heavy tails", "kurtosis", -1),
         study.claim("… and common channels are near-Gaussian", "Fig. 13, App. B.2", "closer to Gaussian",
-                    further, "channels", dict(untrained=[v[1] for v in others]), 1, 0.5,
-                    near < 1 and beyond(further) if known else None,
-                    f"median |kurtosis − 3| is {near:.2f} for common channels (below 1), and by how much "
-                    "more for specialised ones"),
+                    further, "channels", dict(untrained=[v[1] for v in others]), effect=0.5,
+                    own=near < 1 and beyond(further) if known else None,
+                    rule=f"median |kurtosis − 3| is {near:.2f} for common channels (below 1), and by how "
+                    "much more for specialised ones"),
         goes("specialised channels are sparser in space", "Fig. 13", "sparse", "spatial_pr", 1),
         goes("… and their maps have fewer dimensions", "Fig. 13", "few", "pca_dimension", 1),
         goes("common channels are broadly tuned", "§2.4", "larger set", "tuning", 1),
@@ -857,7 +868,7 @@ def draw_channels(study, found, correlation):
     """Fig. 13: marginals of four specialised and four common channels; every property against PR."""
     code, pr, (special, common) = study.code.numpy(), found["pr"], study.channels()
     marginals = [plot((395, 300), [bars(code[:, c], 40, color=color)], f"φ[{c}]", "pictures",
-                      f"{name}, PR {study.selectivity[c]:.2g}") for name, group, color in
+                      f"{name}, PR {study.channel_pr[c]:.2g}") for name, group, color in
                  (("specialised", special[:4], ORANGE), ("common", common[::-1][:4], BLUE)) for c in group]
     titles = dict(kurtosis="kurtosis", spatial_pr="spatial PR of the maps", stability="correlation across σ",
                   pca_dimension="PCA dimension of the maps", tuning="share of gratings")
@@ -898,13 +909,14 @@ def embedding(study, draws=8):
     nulls = lambda measure: study.nulls(measure, "untrained", "shuffled")
     claims = [
         study.claim("distance of φ strongly predicts the distance of densities", "Fig. 8", "strongly",
-                    (rho, sd), "pairs", nulls(lambda v: rank_correlation(square(v), d2)), 1, 0.1,
-                    rho > 0.5 and low > 0 if math.isfinite(sd) else None,
-                    f"rank correlation of {n} pairs, above 0.5; 95 % in [{low:.2f}, {high:.2f}]; "
+                    (rho, sd), "pairs", nulls(lambda v: rank_correlation(square(v), d2)), effect=0.1,
+                    own=rho > 0.5 and low > 0 if math.isfinite(sd) else None,
+                    rule=f"rank correlation of {n} pairs, above 0.5; 95 % in [{low:.2f}, {high:.2f}]; "
                     f"{matched.mean():.0%} of the y could be matched"),
         study.claim("embedding inequality (3) with B/A = 2.9", "Fig. 8", "log 2.9 = 1.06",
-                    (span(ratio), spread), "pairs", nulls(lambda v: span(d2 / square(v))), -1, 0.2,
-                    largest <= 2.9, f"log B/A; B/A = {largest:.1f} over {n} pairs, 95th over 5th percentile "
+                    (span(ratio), spread), "pairs", nulls(lambda v: span(d2 / square(v))), sign=-1,
+                    effect=0.2, own=largest <= 2.9,
+                    rule=f"log B/A; B/A = {largest:.1f} over {n} pairs, 95th over 5th percentile "
                     f"{percentiles:.1f}")]
     ends = np.array(limits(here, True))
     marks = [dots(here, d2, "pairs; bar: one standard error", BLUE, 7),
@@ -1005,8 +1017,8 @@ def matching(study, m=16):
                     rule="|after / before − 1| of ‖s‖/√n at most 0.05 at all σ ≥ 0.1: "
                     + ", ".join(f"{v:.3f} ({name})" for name, v in worst.items())),
         study.claim("samples share the target's layout", "Fig. 7", "picture", mean_se(own), "samples",
-                    dict(untrained=controls), 1, 0.05, beyond(mean_se(own)),
-                    "correlation of pixels with the own target less that with others")]
+                    dict(untrained=controls), effect=0.05, own=beyond(mean_se(own)),
+                    rule="correlation of pixels with the own target less that with others")]
     ends = np.array(limits(np.concatenate([v.ravel() for v in (before, after, *inside)]), True))
     marks = [dots(*(v.ravel() for v in inside), "in Algorithm 1", ORANGE),
              dots(before.ravel(), after.ravel(), "noisy pictures, another one's φ", BLUE),
@@ -1062,8 +1074,8 @@ def denoising(study, parts=8):
     known = math.isfinite(error)
     claims = [claim(
         "training and held-out PSNR agree", "paper B, Fig. 1", "equal at 100,000 pictures",
-        (difference, error), "parts", {}, 0, 0.0, abs(difference) + 2 * error <= 0.1 if known else None,
-        "largest difference in dB at any σ; with two errors within 0.1" if known else
+        (difference, error), "parts", {}, sign=0, own=abs(difference) + 2 * error <= 0.1 if known else None,
+        rule="largest difference in dB at any σ; with two errors within 0.1" if known else
         "no training pictures among these, or too few for an error")]
     x = input_psnr(sigmas)
     marks = [line(x, v.mean(0), name, color, True, (v.mean(0) - v.std(0), v.mean(0) + v.std(0)))
@@ -1157,20 +1169,20 @@ def generalisation(study, pairs):
     error = math.hypot(cosine(most, "nearest")[1], cosine(most, "held_out")[1])
     claims = [
         claim(f"memorised at N = {least['N']:,}", "paper B, Fig. 1, 2", "copies", cosine(least, "nearest"),
-              "samples", {"held-out pictures": [cosine(least, "held_out")[0]]}, 1, 0.05,
-              cosine(least, "nearest")[0] >= 0.95, f"cosine ({LESS_COLOUR}) to the nearest training picture, "
-              "at least 0.95"),
+              "samples", {"held-out pictures": [cosine(least, "held_out")[0]]}, effect=0.05,
+              own=cosine(least, "nearest")[0] >= 0.95,
+              rule=f"cosine ({LESS_COLOUR}) to the nearest training picture, at least 0.95"),
         claim(f"training and held-out PSNR agree at N = {most['N']:,}", "paper B, Fig. 1", "equal at 100,000",
-              mean_se(gap(most)), "noise levels", small(gap(least).mean()), -1, 0.1, gap(most).mean() <= 0.1,
-              "mean difference in dB, at most 0.1"),
+              mean_se(gap(most)), "noise levels", small(gap(least).mean()), sign=-1, effect=0.1,
+              own=gap(most).mean() <= 0.1, rule="mean difference in dB, at most 0.1"),
         claim(f"two networks draw the same at N = {most['N']:,}", "paper B, Fig. 2", "same at 100,000",
               cosine(most, "agreement"), "samples", {"other noise": most[LESS_COLOUR]["shuffled"],
-                                                     **small(cosine(least, "agreement")[0])}, 1, 0.05,
-              cosine(most, "agreement")[0] >= 0.8, f"cosine ({LESS_COLOUR}) of samples from the same noise, "
-              "at least 0.8"),
+                                                     **small(cosine(least, "agreement")[0])}, effect=0.05,
+              own=cosine(most, "agreement")[0] >= 0.8,
+              rule=f"cosine ({LESS_COLOUR}) of samples from the same noise, at least 0.8"),
         claim(f"these are new at N = {most['N']:,}", "paper B, Fig. 2", "new at 100,000", (lead(most), error),
-              "samples", small(lead(least)), -1, 0.05, lead(most) <= 0.05,
-              "cosine to the nearest training picture, less that of held-out pictures; at most 0.05")]
+              "samples", small(lead(least)), sign=-1, effect=0.05, own=lead(most) <= 0.05,
+              rule="cosine to the nearest training picture, less that of held-out pictures; at most 0.05")]
     study.figure("generalisation", draw_generalisation(found),
                  "Paper B, Fig. 1, 2. Above: PSNR on training pictures (orange) and others (blue), and what "
                  "exact memorisation gives (black; gray: on its own pictures, mostly far above). Below: do "
@@ -1245,7 +1257,7 @@ def rows_of_jacobian(model, y, weights):
 
 
 @torch.no_grad()
-def shrinkage(model, y, k=64, full=1024, generator=None):
+def jacobian_basis(model, y, k=64, full=1024, generator=None):
     """How x̂ depends on y (C, H, W), of D values: x̂ = Jy + b, and the eigenvectors of J's symmetric part.
 
     (An optimal denoiser's J is symmetric: σ²J is the covariance of x given y.) Returns dict(x_hat (D,),
@@ -1300,13 +1312,13 @@ def harmonics(study, pictures=4):
     for i, noisy in enumerate(y):
         study.progress(i / len(y), f"Jacobian at picture {i + 1}")
         generator = study.noise(52, i)
-        found.append([shrinkage(model, noisy, generator=generator) for model in (study.model, random)])
+        found.append([jacobian_basis(model, noisy, generator=generator) for model in (study.model, random)])
     here, untrained = zip(*found)
     _, kept, basis = wiener(to_batch(np.delete(study.x, chosen, 0), study.device))
     linear = dict(values=kept(sigma), vectors=basis)
     ranks_ = [max(1, round(v["trace"])) for v in here]
 
-    def measured(bases):                                   # of `shrinkage`, one a picture -> (2, pictures)
+    def measured(bases):                                   # one a picture -> (2, pictures)
         squares = list(map(coefficients, x, bases))
         return np.array([[c[:k].sum() for c, k in zip(squares, ranks_)],
                          [rank_correlation(v["values"][:200].cpu().numpy(), c[:200])
@@ -1332,14 +1344,14 @@ def claims_on_basis(lead, nulls, here, untrained):
     """The claims of `harmonics`: its leads over the Wiener filter's basis, (2, pictures); J's asymmetry."""
     asymmetry = mean_se([v["asymmetry"] for v in here])
     return [*(claim(text, "paper B, Fig. 3", "picture", mean_se(lead[i]), "pictures",
-                    {name: [v[i].mean() for v in null] for name, null in nulls.items()}, 1, 0.02,
-                    beyond(mean_se(lead[i])), f"{rule}, less that of the Wiener filter")
+                    {name: [v[i].mean() for v in null] for name, null in nulls.items()}, effect=0.02,
+                    own=beyond(mean_se(lead[i])), rule=f"{rule}, less that of the Wiener filter")
               for i, text, rule in (
                   (0, "the basis is adapted to the picture", "share of its contrast that Σλ vectors hold"),
                   (1, "eigenvalues and coefficients decay together", "rank correlation of λ_k, ⟨x, e_k⟩²"))),
             claim("the Jacobian is nearly symmetric", "paper B, §3", "an optimal one is", asymmetry,
-                  "pictures", dict(untrained=[v["asymmetry"] for v in untrained]), -1, 0.1,
-                  asymmetry[0] <= 0.3, "‖J − Jᵀ‖/‖J‖, at most 0.3")]
+                  "pictures", dict(untrained=[v["asymmetry"] for v in untrained]), sign=-1, effect=0.1,
+                  own=asymmetry[0] <= 0.3, rule="‖J − Jᵀ‖/‖J‖, at most 0.3")]
 
 
 def draw_harmonics(study, x, y, here, linear):
@@ -1397,7 +1409,7 @@ def disc_jacobian(study, discs=4):
         place = np.array([*rng.uniform(0.4, 0.6, 2), rng.uniform(0.15, 0.25), 0.2, 0.8])
         x, tangents = (v.to(study.device) for v in disc_tangents(study.checkpoint["size"], place))
         y = x + study.sigma * torch.randn(x.shape, generator=generator, device=study.device)
-        found = shrinkage(study.model, y, full=4096)
+        found = jacobian_basis(study.model, y, full=4096)
         values.append(found["values"][:12].cpu().numpy())
         held.append(float((found["vectors"][:, :5].T @ tangents).square().sum() / 5))
     return dict(eigenvalues=np.mean(values, 0), above_half=float(np.mean([(v > 0.5).sum() for v in values])),
@@ -1424,8 +1436,8 @@ def regularity(study, parts=8):
     claims = [claim(
         f"slope on {data} is near the optimum {best:.2f}", "paper B, Fig. 4, 5",
         {1: ".46", 2: ".61", 3: ".75", 5: ".83", 1e9: "below 1"}.get(alpha, "–"), found, "parts",
-        dict(Wiener=[float(slope(linear))]), 1, 0.02, abs(found[0] - best) <= 0.1,
-        "dB of output per dB of input; within 0.1 of the optimum, above the linear filter's")]
+        dict(Wiener=[float(slope(linear))]), effect=0.02, own=abs(found[0] - best) <= 0.1,
+        rule="dB of output per dB of input; within 0.1 of the optimum, above the linear filter's")]
     numbers = dict(data=data, slope=found, optimum=best, linear=float(slope(linear)), sigmas=FIT,
                    psnr=np.mean(psnr, 0), linear_psnr=linear, claims=claims,
                    **(disc_jacobian(study) if data == "disc" else {}))

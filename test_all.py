@@ -1789,12 +1789,12 @@ def linear_denoiser(D, values, skew=0.0, seed=0):
 
 
 @pytest.mark.parametrize("full", [1024, 1])
-def test_shrinkage_of_a_linear_denoiser(full):
+def test_jacobian_basis_of_a_linear_denoiser(full):
     # eigenvalues, eigenvectors, b, trace or asymmetry of the Jacobian are wrong, by either route
     values = torch.linspace(1, 0, 75).double() ** 3
     model, Q = linear_denoiser(75, values, 0.01)
     y = normal(3, 5, 5, seed=9).double()
-    found = analyze.shrinkage(model, y, k=12, full=full, generator=torch.Generator().manual_seed(0))
+    found = analyze.jacobian_basis(model, y, k=12, full=full, generator=torch.Generator().manual_seed(0))
     assert len(found["values"]) == (75 if full > 1 else 12)
     assert gap(found["values"][:12], values[:12]) < 1e-6
     assert gap((found["vectors"][:, :12] * Q[:, :12]).sum(0).abs(), torch.ones(12)) < 1e-6
@@ -1805,7 +1805,7 @@ def test_shrinkage_of_a_linear_denoiser(full):
     assert found["bias"] == pytest.approx(float(model.b.norm() / model.denoise(y[None]).norm()), rel=1e-9)
 
 
-def test_shrinkage_of_a_network_by_finite_differences():
+def test_jacobian_basis_of_a_network_by_finite_differences():
     # the products with J or Jᵀ are not those of the network that denoises
     torch.manual_seed(0)
     model, y = UNet(4, 1, 1).double(), normal(1, 6, 6).double()
@@ -1814,7 +1814,7 @@ def test_shrinkage_of_a_network_by_finite_differences():
     J = torch.stack([(f(y.flatten() + e) - f(y.flatten() - e)) / 2e-6 for e in h], 1)
     symmetric = torch.linalg.eigvalsh((J + J.T) / 2).flip(0)
     for full in 36, 35:
-        found = analyze.shrinkage(model, y, k=8, full=full, generator=torch.Generator().manual_seed(0))
+        found = analyze.jacobian_basis(model, y, k=8, full=full, generator=torch.Generator().manual_seed(0))
         assert gap(found["values"][:8], symmetric[:8]) < 1e-6 * float(symmetric[0].abs() + 1)
         assert found["bias"] == pytest.approx(float((f(y) - J @ y.flatten()).norm() / f(y).norm()), rel=1e-5)
 

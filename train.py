@@ -81,8 +81,8 @@ def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad             # a share may be empty
         dist.all_reduce(p.grad)
     centralise(model)
-    for weight in skip_weights(model) if skips_closed else ():
-        weight.grad[:, :weight.shape[0]] = 0
+    for gradient in skip_weights(model, gradients=True) if skips_closed else ():
+        gradient.zero_()
     optimizer.step()
     return total / batch
 
@@ -100,9 +100,14 @@ def centralise(model):
             conv.weight.grad -= conv.weight.grad.mean((1, 2, 3), keepdim=True)
 
 
-def skip_weights(model):
-    """The first layer of each decoder block, (d, 2d, 3, 3): input channels 0 … d−1 are the skip."""
-    return [model.blocks[f"D{k}"][0].weight for k in range(1, model.levels + 1)]
+def skip_weights(model, gradients=False):
+    """The decoder's weights on the skips, or their gradients, [(d, d, 3, 3)]: views, for changes in place.
+
+    The first layer of D_k, (d, 2d, 3, 3), sees the skip in its input channels 0 … d−1, what comes from M in
+    the others.
+    """
+    first = [model.blocks[f"D{k}"][0].weight for k in range(1, model.levels + 1)]
+    return [(weight.grad if gradients else weight)[:, :len(weight)] for weight in first]
 
 
 def warm_up(epochs=None):
@@ -141,7 +146,7 @@ def initialise(model, y, mean):
             (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1))
 
     for weight in skip_weights(model):
-        weight[:, :weight.shape[0]] = 0
+        weight.zero_()
     hooks = [module.register_forward_hook(whiten) for module in model.modules()
              if isinstance(module, (nn.GroupNorm, nn.ConvTranspose2d))]
     model(y)
@@ -242,7 +247,7 @@ class Run:
 
     def skips_closed(self):
         """During the warm-up; once open, they stay so, also when a run is lengthened."""
-        opened = any(w[:, :w.shape[0]].any() for w in skip_weights(self.model))
+        opened = any(weight.any() for weight in skip_weights(self.model))
         return not opened and self.fraction() < warm_up(self.epochs)
 
     def next_batch(self):

@@ -21,6 +21,8 @@ import sys
 import time
 import zipfile
 
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0])
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # read when torch is imported: idle threads sleep,
 import torch                                              # and two processes on the same cores stay fast
 import torch.nn.functional as F
