@@ -1748,7 +1748,8 @@ def earlier_results(out, key, force):
 
 
 def analyse(flags, path, model, checkpoint, out, device, progress):
-    """All that is asked of one network, in the folder `out`: its claims; None if not the first process."""
+    """All that is asked of one network, in the folder `out`: (its claims, what results.json holds), or None
+    in all processes but the first."""
     study, key, paths, where = prepare(flags, path, model, checkpoint, device)
     old, study.out = earlier_results(out, key, flags.force), out
     wanted = {name: f for name, f in ANALYSES.items() if not flags.only or name in flags.only}
@@ -1784,7 +1785,7 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
         f"{judged.count('holds')} of {len(judged)} | "
         + " / ".join(f"{v:.1f}" for v in checkpoint["training"].get("psnr", {}).values()) + " |")
     say(f"wrote {os.path.join(out, 'index.html')}, its figures, results.json and phi.npz")
-    return claims(wanted)
+    return claims(wanted), plain(record)
 
 
 def load_pairs(flags, networks, device):
@@ -1831,9 +1832,25 @@ def compare(flags, networks, device, progress):
     say(f"wrote {os.path.join(flags.out, 'index.html')}, its figures and results.json")
 
 
+def summarise(flags, names, tables, found):
+    """Claims over several networks, by name, the figures that compare these, networks.json and the page."""
+    rows, captions = over_networks(tables), {}
+    if flags.only == ["regularity"]:
+        rows, captions = rows + [compare_regularity(flags.out, found)], dict(regularity=REGULARITY)
+    if image := draw_emergence(found):
+        captions["emergence"] = "φ during training. Is M in use, and when does φ know classes?"
+        with write(os.path.join(flags.out, "emergence.png")) as file:
+            image.save(file, "png")
+    say(f"{len(names)} networks: {', '.join(names)}")
+    say_claims(rows)
+    write_json(os.path.join(flags.out, "networks.json"), dict(checkpoints=flags.checkpoint, claims=rows))
+    write_page(flags.out, f"{len(names)} networks", "mean ± SD over networks", ", ".join(names), rows,
+               captions, vars(flags))
+
+
 def main():
     """The command line's work."""
-    flags, progress, tables = arguments(), Progress(), []
+    flags, progress, results = arguments(), Progress(), []
     device = choose_device(flags.device)
     networks = [(path, *load_checkpoint(path, device)) for path in [*flags.checkpoint, *flags.versus]]
     if flags.versus:
@@ -1851,22 +1868,10 @@ def main():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     for k, network in enumerate(networks):
         out = os.path.join(flags.out, stems[k] if len(networks) > 1 else "")
-        tables.append(analyse(flags, *network, out, device,
-                              lambda f, text: progress((k + f) / len(networks), text)))
-    if len(networks) > 1 and tables[0] is not None:
-        found = [json.loads(Path(flags.out, name, "results.json").read_bytes()) for name in stems]
-        rows, names, captions = over_networks(tables), ", ".join(stems), {}
-        if flags.only == ["regularity"]:
-            rows, captions = rows + [compare_regularity(flags.out, found)], dict(regularity=REGULARITY)
-        if image := draw_emergence(found):
-            captions["emergence"] = "φ during training. Is M in use, and when does φ know classes?"
-            with write(os.path.join(flags.out, "emergence.png")) as file:
-                image.save(file, "png")
-        say(f"{len(networks)} networks: {names}")
-        say_claims(rows)
-        write_json(os.path.join(flags.out, "networks.json"), dict(checkpoints=flags.checkpoint, claims=rows))
-        write_page(flags.out, f"{len(networks)} networks", "mean ± SD over networks", names, rows, captions,
-                   vars(flags))
+        results.append(analyse(flags, *network, out, device,
+                               lambda f, text: progress((k + f) / len(networks), text)))
+    if len(networks) > 1 and results[0]:
+        summarise(flags, stems, *zip(*results))
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
