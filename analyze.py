@@ -223,7 +223,7 @@ def claim(text, place, paper, here, over, nulls, *, sign=1, effect=0.0, own=True
                 nulls=shown, effect=effect, rule=rule, on_phi=on_phi)
 
 
-# Measures
+# Measures: PR (§2.2), kurtosis, the dip, correlations
 
 def participation_ratio(v, dim=-1):
     """PR(v) = ‖v‖₁² / (d ‖v‖₂²) along `dim` (§2.2), in [1/d, 1]; NaN for v = 0."""
@@ -454,7 +454,7 @@ def stability(study):
 # §2.4, Denoising and channel selectivity (Fig. 3, 4, 12)
 
 def channel_selectivity(code):
-    """Selectivity of every channel (§2.4): its PR over the n pictures of code (n, d), (d,).
+    """PR of every channel over the n pictures of code (n, d): what selectivity (§2.4) is measured by, (d,).
 
     Small: few pictures excite it (specialised); large: most do (common); NaN: none does.
     """
@@ -1216,7 +1216,7 @@ def draw_generalisation(found):
     return grid([grid(psnr, columns, 5), grid(histograms, columns, 5), grid(against_N, 3, 5)], 1)
 
 
-# Paper B, §3, Inductive biases (its Fig. 3)
+# Paper B, §3, Inductive biases: the Jacobian's basis (its Fig. 3)
 
 def wiener(x):
     """The best linear denoiser of pictures like x (n, C, H, W): (denoise(y, σ), λ(σ) (m,), vectors (D, m)).
@@ -1616,7 +1616,7 @@ def write_json(path, value):
 def compute_phi(models, x, sigmas, draws, seed, device, progress=lambda fraction, text: None):
     """φ(x_σ) of the pictures x (n, H, W, C) uint8 by every network: [{σ: (n, d) float32 on the CPU}].
 
-    sigmas: a list of σ for each network. Under torchrun each process computes every so-manieth batch, and
+    sigmas: a list of σ for each network. Under torchrun each process computes every world-th batch, and
     process 0 has the sum: the same φ, since a batch's noise depends on the seed, σ and its place alone.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

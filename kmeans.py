@@ -144,7 +144,10 @@ class NearestCenters:
         self.compare(i, c, torch.arange(len(c), device=c.device))
 
     def compare(self, i, c, moved):
-        """The same, `own` being ∞ where it has moved, from the moved centres c (k, d); places left open."""
+        """As `search`, from the moved centres c (k, d) alone, `own` being ∞ where it was one of them.
+
+        Returns the places in i that this cannot decide.
+        """
         own, low = self.own[i], self.low[i]
         d2 = torch.addmm((c * c).sum(1), self.x[i], c.T, alpha=-2)             # (m, k)
         near, k = d2.min(1)
@@ -158,7 +161,7 @@ class NearestCenters:
 
 
 def update_sums(sums, x, summed, labels):
-    """Sums (K + 1, d) of each cluster's points, in place -> counts (K,), indices of the sums that changed.
+    """Sums (K + 1, d) of each cluster's points, in place -> counts (K + 1,), indices of those that changed.
 
     Only the points that change clusters are touched; float64 forgets nothing that matters on the way.
     """

@@ -9,7 +9,7 @@
 
 Targets are cropped as pictures are in training. samples.json, beside the sheet, holds the settings; for each
 target `phi_distance` (‖Δφ‖ to it; `_relative`: over the mean of two held-out pictures) and correlations of
-pixels; and for each noise level what Algorithm 2 did: `first` and `last` loss, `gradients`, `converged`, and
+pixels; and for each noise level what Algorithm 2 did: `first` and `least` loss, `gradients`, `converged`, and
 the estimated noise `sigma_before` and `sigma_after` matching.
 """
 import json
@@ -22,22 +22,22 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
-from train import (ORANGE, builtin_pictures, caption, choose_device, code, grid, load_picture, seeded,
+from train import (ORANGE, builtin_pictures, caption, choose_device, fixed_phi, grid, load_picture, seeded,
                    to_batch, to_image, training_data)
 
 
-# App. C, Algorithm 2
+# §3, Algorithm 2
 
 def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=6):
     """Algorithm 2: move the pictures x (N, C, H, W) until L = ‖φ(x) − φ_c‖² is below tol × its first value.
 
-    phi_c: (N, d) or (1, d). Returns each picture where its L was least, and a dict of (N,) tensors: the first
-    and the `last` (least) L, the number of gradients, converged. Each picture stops on its own.
+    phi_c: (N, d) or (1, d). Returns each picture where its L was least, and a dict of (N,) tensors: `first`
+    and `least` L, the number of `gradients`, `converged`. Each picture stops on its own.
 
     Printed, ∇L = (φ_c − φ(x))ᵀ∇φ is subtracted, which climbs; the gradient is 2 (φ(x) − φ_c)ᵀ∇φ. The step is
     Polyak's for a loss whose minimum is 0, η = L/‖∇L‖² for each picture: it has no parameter and follows the
-    gradient's size, which differs a hundredfold between noise levels; no step is longer than 0.1 r.m.s. Only
-    `Memory` is not in the print, and memory=0 leaves it out.
+    gradient's size, which differs a hundredfold between noise levels; no step is longer than 0.1 r.m.s. What
+    makes it fast is in `Memory`; memory=0 leaves it out.
     """
     x, phi_c, past = x.detach().clone(), phi_c.expand(len(x), -1), Memory(memory)
     best, least, moving = x.clone(), x.new_full((len(x),), math.inf), torch.arange(len(x), device=x.device)
@@ -54,7 +54,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=6):
         best[moving[better]], least[moving[better]] = x[moving[better]], L[better]
         unmet = least[moving] > tol * first[moving]                            # (n,)
         if iteration == max_iters or not unmet.any():
-            return best, dict(first=first, last=least, gradients=gradients, converged=least <= tol * first)
+            return best, dict(first=first, least=least, gradients=gradients, converged=least <= tol * first)
         jump, rest, damping = past.extrapolate(r, L)                           # with no memory: 0, r, 1
         grad, = torch.autograd.grad(phi_t, x_t, 2 * rest)                      # 2 restᵀ∇φ: ∇L, if rest is r
         eta = damping * rest.square().sum(1) / grad.square().sum((1, 2, 3)).clamp(min=1e-30)
@@ -75,11 +75,11 @@ class Memory:
     """
 
     def __init__(self, size):
-        self.size, self.jumps_left, self.past, self.last = size, 25, [], None  # past: pairs (ΔX, ΔΦ)
+        self.size, self.steps_left, self.past, self.last = size, 25, [], None  # past: pairs (ΔX, ΔΦ)
 
     def extrapolate(self, r, L):
         """(the jump −ΔX c, the rest r − ΔΦ c, η's factor); c = argmin ‖r − ΔΦ c‖², with a small ridge."""
-        if not self.size or not self.jumps_left or self.last is None:
+        if not self.size or not self.steps_left or self.last is None:
             return 0, r, 1
         step, r_before, L_before = self.last
         self.past = (self.past + [(step, r - r_before)])[-self.size:]
@@ -94,10 +94,10 @@ class Memory:
 
     def remember(self, step, r, L, unmet):
         """The steps (n, C, H, W) of the rows `unmet`, (n,), cut to 0.1 r.m.s.; kept for the next jump."""
-        size = step.square().mean((1, 2, 3), keepdim=True).sqrt()
-        step = (step * (0.1 / size.clamp(min=1e-30)).clamp(max=1))[unmet]
+        rms = step.square().mean((1, 2, 3), keepdim=True).sqrt()
+        step = (step * (0.1 / rms.clamp(min=1e-30)).clamp(max=1))[unmet]
         self.past = [(dx[unmet], dphi[unmet]) for dx, dphi in self.past]
-        self.last, self.jumps_left = (step, r[unmet], L[unmet]), max(0, self.jumps_left - 1)
+        self.last, self.steps_left = (step, r[unmet], L[unmet]), max(0, self.steps_left - 1)
         return step
 
 
@@ -269,7 +269,7 @@ def similarities(model, samples, target, scale=None):
         found["correlation_between_samples"] = (flat @ flat.T)[i, j].tolist()
     if target is not None:
         pictures, weights = target
-        distance = (code(model, samples) - average(code(model, pictures), weights)).norm(dim=1)
+        distance = (fixed_phi(model, samples) - average(fixed_phi(model, pictures), weights)).norm(dim=1)
         found["phi_distance"] = distance.tolist()
         if scale:
             found["phi_distance_relative"] = (distance / scale).tolist()
@@ -343,7 +343,7 @@ def held_out_targets(checkpoint, device, n=4):
 
 
 def cluster_members(flags, checkpoint, device, most=64):
-    """The pictures of cluster K of "clusters.npz:K", at most 64, by seed, (P, C, H, W). Raises UserError."""
+    """The pictures of cluster N of "clusters.npz:N", at most 64, by seed, (P, C, H, W). Raises UserError."""
     (path, _, k), run = flags.cluster.rpartition(":"), checkpoint["flags"]
     try:
         with np.load(path) as saved:
@@ -446,7 +446,7 @@ def arguments():
     add("targets", nargs="*", metavar="target", help="pictures; a panel each")
     add("--mix", nargs="+", metavar="PICTURE", help="the weighted mean φ of these pictures")
     add("--weights", nargs="+", type=number(float, -100, 100), metavar="W", help="a number for each of --mix")
-    add("--cluster", metavar="FILE:K", help="the mean φ of cluster K of a file that kmeans.py wrote")
+    add("--cluster", metavar="FILE:N", help="the mean φ of cluster N of a file that kmeans.py wrote")
     add("--unconditional", type=number(int, 1, 10_000), metavar="N", help="N samples without a target")
     add("--denoise", metavar="PICTURE", help="denoise one picture of any size")
     add("--noise", type=number(float, 0, 100), default=0.0, metavar="σ", help="with --denoise: noise to add")

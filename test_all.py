@@ -658,7 +658,7 @@ def test_use_of_M_in_closed_form():
 def test_aliveness_and_class_agreement(small, monkeypatch):
     # a constant φ passes for a code, silent channels are not counted, or neighbours are of the wrong class
     v = torch.tensor([[1., 0, 0, 2], [1, 0, 0, 0], [0, 3, 0, 0]])
-    monkeypatch.setattr(train, "code", lambda model, x, draws=20: v)
+    monkeypatch.setattr(train, "fixed_phi", lambda model, x, draws=20: v)
     found = train.aliveness(small, torch.rand(3, 3, 16, 16))
     assert found["cosine"] == pytest.approx((1 / 5 ** 0.5) / 3) and found["silent"] == 1
     code = normal(7, 5)
@@ -1004,7 +1004,7 @@ def test_sample_guidance_step(tiny):
             assert abs(gradient + step[where] * L / step.square().sum()) < 1e-6 * max(1, L)
     moved, level = sample.guidance_step(model, x, phi_c, tol=0.05, max_iters=300)
     assert level["converged"].all() and gap(level["first"], loss(x)) < 1e-12
-    assert gap(level["last"], loss(moved)) < 1e-12 and (level["last"] <= 0.05 * level["first"]).all()
+    assert gap(level["least"], loss(moved)) < 1e-12 and (level["least"] <= 0.05 * level["first"]).all()
     for i in range(5):                         # each as if it were alone, and not one gradient more
         alone, s = sample.guidance_step(model, x[i:i + 1], phi_c, tol=0.05, max_iters=300)
         assert gap(alone, moved[i:i + 1]) < 1e-9 and s["gradients"][0] == level["gradients"][i]

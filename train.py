@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 
-# Eq. 1 and A.3, Training
+# Eq. 1 and A.3, Training: noise, loss, step, rate, start
 
 def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
     """The clean and noisy pictures of one global batch: x, y = x + σz (B, C, H, W), sigma (B, 1, 1, 1).
@@ -89,7 +89,7 @@ def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False
 
 @torch.no_grad()
 def centralise(model):
-    """Take from the gradient of each 3×3 filter its mean, (1, c_in, 3, 3) -> scalar (Yong et al. 2020).
+    """Take from the gradient of each 3×3 filter its mean over (c_in, 3, 3) (Yong et al. 2020).
 
     M's inputs are not negative, so a filter whose weights all move the same way moves its channel up or down
     for every picture alike, as fast as Adam can, and LayerNorm cannot take that out. Without this line a part
@@ -269,15 +269,15 @@ class Run:
     def code_quality(self):
         """Spread and class agreement of φ, of training pictures too: few held-out *files* make many tiles."""
         rows = np.concatenate([self.held_out[:500], self.rows[epoch_order(len(self.rows), 0, 0)[:1000]]])
-        v = code(self.model, to_batch(self.pictures.x[rows], self.device), 2)
+        v = fixed_phi(self.model, to_batch(self.pictures.x[rows], self.device), 2)
         share = float(own_class(v, self.pictures.labels[rows]).mean())
-        return dict(spread(v), agreement=None if math.isnan(share) else share)
+        return dict(variety(v), agreement=None if math.isnan(share) else share)
 
     def measure(self):
         """Held-out PSNR, the use of M, and what φ is worth: a dict for the curve."""
         x = to_batch(self.pictures.x[self.held_out[:256]], self.device)
         psnr = evaluate(self.model, x, self.micro, self.flags["sigma_max"], self.flags["precision"])
-        between = torch.pdist(code(self.model, x[:64]))
+        between = torch.pdist(fixed_phi(self.model, x[:64]))
         return dict(psnr=psnr, use=use_of_M(self.model, x[:128]), **self.code_quality(),
                     phi_distance=float(between.mean()) if len(between) else None)
 
@@ -431,14 +431,14 @@ def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
     return {sigma: own[sigma] - swapped[sigma] for sigma in own}
 
 
-def code(model, x, draws=20):
+def fixed_phi(model, x, draws=20):
     """φ at σ = 0.3, (N, d), always with the same noise: what distances between pictures are measured in."""
     return torch.cat([phi(model, part, 0.3, draws, seeded(x.device, 77, i))
                       for i, part in enumerate(x.split(256))])
 
 
-def spread(code):
-    """dict(cosine: the mean between two pictures' φ; silent: channels that are 0 for all); code: (N, d)."""
+def variety(code):
+    """Does φ vary? dict(cosine, the mean between two pictures; silent: channels 0 for all); code: (N, d)."""
     u, n = F.normalize(code, dim=1), len(code)
     cosine = (u.sum(0).square().sum() - u.square().sum()) / max(1, n * (n - 1))
     return dict(cosine=float(cosine), silent=int((code.amax(0) <= 1e-6).sum()))
@@ -446,7 +446,7 @@ def spread(code):
 
 def aliveness(model, x):
     """Is φ a code that the denoiser uses? dict(use of M {σ: dB}, cosine, silent), for x (N, C, H, W)."""
-    return dict(use=use_of_M(model, x), **spread(code(model, x, 4)))
+    return dict(use=use_of_M(model, x), **variety(fixed_phi(model, x, 4)))
 
 
 def nearest(code, queries, k):
@@ -495,7 +495,7 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
     else:
         parts, counts, names, kinds, skipped = deque(), [], [], [], []
         for items, item_names, item_kinds in read(data):
-            for tiles, count, unusable in decode(items, item_names, size, channels, patches):
+            for tiles, count, unusable in decode_pictures(items, item_names, size, channels, patches):
                 parts.append(tiles)
                 counts += count
                 skipped += unusable
@@ -563,7 +563,7 @@ def read(data):
         yield x, [f"{path}#{i}" for i in range(len(x))], kinds
 
 
-def decode(items, names, size, channels, patches):
+def decode_pictures(items, names, size, channels, patches):
     """Files, or arrays (H, W, C), in parallel; yields (x, how many come from each item, ["name: reason"])."""
     if isinstance(items, np.ndarray) and items.shape[1:] == (size, size, channels):
         yield items, [1] * len(items), []      # a .npy stays on the disk

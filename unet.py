@@ -28,7 +28,7 @@ import torch                                              # and two processes on
 import torch.nn.functional as F
 from torch import nn
 
-# App. A.1, Architecture
+# App. A.1, Architecture; Eq. 2, the score
 
 def layer(c_in, c_out, normalise=True):
     """3×3 zero-padded convolution with bias, LayerNorm over (C, H, W), ReLU (App. A.1), as a list of modules.
