@@ -1832,6 +1832,15 @@ def compare(flags, networks, device, progress):
     say(f"wrote {os.path.join(flags.out, 'index.html')}, its figures and results.json")
 
 
+def check_summary(flags):
+    """Before the work on several networks: UserError if --out holds a summary of others."""
+    names, ours = ("networks.json", "index.html", "emergence.png", "regularity.png"), False
+    with contextlib.suppress(Exception):                   # none yet, or not ours
+        os.makedirs(flags.out, exist_ok=True)
+        ours = json.loads(Path(flags.out, names[0]).read_bytes())["checkpoints"] == flags.checkpoint
+    check_outputs([os.path.join(flags.out, name) for name in names], flags.force or ours)
+
+
 def summarise(flags, names, tables, found):
     """Claims over several networks, by name, the figures that compare these, networks.json and the page."""
     rows, captions = over_networks(tables), {}
@@ -1864,6 +1873,8 @@ def main():
                         "--seed), in files of different names")
     for path in flags.pictures or []:          # complain before the work
         load_picture(path, *(networks[0][2]["flags"][k] for k in ("size", "channels", "patches")))
+    if len(networks) > 1:
+        check_summary(flags)
     if "RANK" in os.environ:                   # started by torchrun; only CPU tensors are exchanged
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     for k, network in enumerate(networks):

@@ -1632,7 +1632,8 @@ def test_analyze_command_line(cli, tmp_path, monkeypatch, quick):
 
 
 def test_analyze_several_networks_and_corners(cli, tmp_path, quick):
-    # mean and spread over networks are of other claims; a small σ_max or no classes crash it
+    # mean and spread over networks are of other claims, or replace another summary; a small σ_max or no
+    # classes crash it
     read = lambda name: json.loads((tmp_path / name).read_text())
     code, text = cli(f"analyze.py c.pt b.pt {STUDY} --out {tmp_path} --only sparsity denoising")
     assert code == 0 and "2 networks: c, b" in text and "not comparable in 2" in text
@@ -1640,6 +1641,7 @@ def test_analyze_several_networks_and_corners(cli, tmp_path, quick):
     row = read("networks.json")["claims"][0]
     assert row["value"] == pytest.approx(np.mean(values), rel=1e-4)
     assert row["error"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+    assert "networks.json exists: --force" in cli(f"analyze.py b.pt c.pt {STUDY} --out {tmp_path}")[1]
     code, text = cli(f"analyze.py low.pt {STUDY} --out {tmp_path}/low --sigma 0.005 --data data/a "
                      "--pictures data/a/00.png --clusters 39 --only attributes stability clusters denoising")
     found = read("low/results.json")["analyses"]
