@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
 from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots, draw_disc,
-                   evaluate, grid, initialise, is_synthetic, limits, line, load_picture, nearest, own_class,
-                   picture_rows, plot, rule, seeded, split, to_batch, to_image, training_data, training_part)
+                   evaluate, grid, initialise, input_psnr, is_synthetic, limits, line, load_picture,
+                   nearest, own_class, picture_rows, plot, rule, seeded, split, to_batch, to_image,
+                   training_data, training_part)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 96               # pictures for what needs the whole network at many noise levels
@@ -312,11 +313,6 @@ def mean_se(v):
 def beyond(pair, sign=1):
     """Whether sign × mean of (mean, standard error) is above two standard errors; None: no error known."""
     return bool(sign * pair[0] > 2 * pair[1]) if math.isfinite(pair[1]) else None
-
-
-def input_psnr(sigmas):
-    """PSNR of the noisy pictures at each σ, in dB, an array."""
-    return -20 * np.log10(sigmas)
 
 
 def less_colour(x):
@@ -1730,28 +1726,32 @@ def prepare(flags, path, model, checkpoint, device):
     return study, key, [pictures.paths[i] for i in rows], where
 
 
-def earlier_results(out, key, force):
-    """results.json of an earlier call with the same key, else {}. UserError if `out` holds other results."""
+def earlier_results(out, names, same, force):
+    """The JSON of the first of these files of an earlier call, if its entries `same` are equal, else {}.
+
+    Makes the folder `out`. UserError if there are other results in it.
+    """
     found = {}
     try:
         os.makedirs(out, exist_ok=True)
-        found = json.loads(Path(out, "results.json").read_bytes())
+        found = json.loads(Path(out, names[0]).read_bytes())
     except FileExistsError:
         raise UserError(f"--out {out}: is a file, must be a folder") from None
     except (FileNotFoundError, ValueError):
         pass                                               # no results, or not ours: check_outputs says so
-    found = found if isinstance(found, dict) and found.get("key") == plain(key) else {}
-    figures = [f"{name}.png" for function in ANALYSES.values() for name in function.figures]
-    check_outputs([os.path.join(out, name) for name in ("results.json", "phi.npz", "index.html", *figures)],
-                  force or bool(found))
-    return found
+    ours = isinstance(found, dict) and {k: found.get(k) for k in same} == plain(same)
+    check_outputs([os.path.join(out, name) for name in names], force or ours)
+    return found if ours else {}
 
 
 def analyse(flags, path, model, checkpoint, out, device, progress):
     """All that is asked of one network, in the folder `out`: (its claims, what results.json holds), or None
     in all processes but the first."""
     study, key, paths, where = prepare(flags, path, model, checkpoint, device)
-    old, study.out = earlier_results(out, key, flags.force), out
+    figures = [f"{name}.png" for function in ANALYSES.values() for name in function.figures]
+    names = ["results.json", "phi.npz", "index.html", *figures]
+    old = earlier_results(out, names, dict(key=key), flags.force)
+    study.out = out
     wanted = {name: f for name, f in ANALYSES.items() if not flags.only or name in flags.only}
     done, whole = 60, 60 + sum(f.share for f in wanted.values())
     study.progress = lambda f, text: progress(60 * f / whole, f"φ: {text}")
@@ -1832,15 +1832,6 @@ def compare(flags, networks, device, progress):
     say(f"wrote {os.path.join(flags.out, 'index.html')}, its figures and results.json")
 
 
-def check_summary(flags):
-    """Before the work on several networks: UserError if --out holds a summary of others."""
-    names, ours = ("networks.json", "index.html", "emergence.png", "regularity.png"), False
-    with contextlib.suppress(Exception):                   # none yet, or not ours
-        os.makedirs(flags.out, exist_ok=True)
-        ours = json.loads(Path(flags.out, names[0]).read_bytes())["checkpoints"] == flags.checkpoint
-    check_outputs([os.path.join(flags.out, name) for name in names], flags.force or ours)
-
-
 def summarise(flags, names, tables, found):
     """Claims over several networks, by name, the figures that compare these, networks.json and the page."""
     rows, captions = over_networks(tables), {}
@@ -1874,7 +1865,8 @@ def main():
     for path in flags.pictures or []:          # complain before the work
         load_picture(path, *(networks[0][2]["flags"][k] for k in ("size", "channels", "patches")))
     if len(networks) > 1:
-        check_summary(flags)
+        earlier_results(flags.out, ["networks.json", "index.html", "emergence.png", "regularity.png"],
+                        dict(checkpoints=flags.checkpoint), flags.force)
     if "RANK" in os.environ:                   # started by torchrun; only CPU tensors are exchanged
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     for k, network in enumerate(networks):

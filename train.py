@@ -267,7 +267,7 @@ class Run:
         self.progress(self.fraction(done / self.flags["batch"] * self.world), text)
 
     def code_quality(self):
-        """Spread and class agreement of φ, of training pictures too: few held-out *files* make many tiles."""
+        """`variety` and class agreement, of training pictures too: few held-out *files* make many tiles."""
         rows = np.concatenate([self.held_out[:500], self.rows[epoch_order(len(self.rows), 0, 0)[:1000]]])
         v = fixed_phi(self.model, to_batch(self.pictures.x[rows], self.device), 2)
         share = float(own_class(v, self.pictures.labels[rows]).mean())
@@ -420,6 +420,11 @@ def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32", sigmas=
             error += (x_hat.float() - clean).square().sum().item()
         psnr[sigma] = -10 * math.log10(max(error, 1e-30) / x.numel())
     return psnr
+
+
+def input_psnr(sigmas):
+    """PSNR of the noisy pictures at each σ, in dB, an array."""
+    return -20 * np.log10(sigmas)
 
 
 def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
@@ -1066,7 +1071,7 @@ def draw_evaluation(model, x, curve):
         rows += [(f"σ {sigma:g}", y), ("denoised", model(y))]
     pictures, psnr, last_use = picture_rows(rows, side=96), curve[-1]["psnr"], curve[-1]["use"]
     size, seen = (620, pictures.height // 2), [record["pictures_seen"] for record in curve]
-    denoised = line([-20 * math.log10(s) for s in psnr], [*psnr.values()], "denoised", points=True)
+    denoised = line(input_psnr([*psnr]), [*psnr.values()], "denoised", points=True)
     quality = plot(size, [denoised, line([0, 26], [0, 26], "noisy", GRAY)], "input PSNR (dB)",
                    "output PSNR (dB)")
     use = plot(size, [line(seen, [record["use"][s] for record in curve], f"σ {s:g}", points=True)
