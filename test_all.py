@@ -300,7 +300,6 @@ def test_write_is_whole_or_not_at_all(tmp_path):
     (UserError("--x 3: no\udcff"), 2, "--x 3: no\\udcff\n"), (KeyboardInterrupt(), 130, ""),
     (MemoryError("50 GB"), 2, "out of memory; smaller settings need less (50 GB)\n"),
     (OSError(28, "No space left on device", "a.png"), 2, "a.png: No space left on device\n"),
-    (BrokenPipeError(), 141, ""),
     (torch.OutOfMemoryError("CUDA"), 2, "out of memory; smaller settings need less (CUDA)\n")])
 def test_one_way_to_end(trouble, code, words, monkeypatch, capsys):
     # a trouble that the user can mend is a traceback, or a bug is not

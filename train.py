@@ -214,7 +214,7 @@ class Run:
         self.step, elapsed, self.summary, self.curve = 0, 0.0, {}, []
         if resume:
             self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
-            self.curve = list(resume.get("curve", []))
+            self.curve = list(resume["curve"])
             self.model.load_state_dict(resume["weights"])
             self.optimizer.load_state_dict(resume["optimizer"])
         else:
@@ -520,9 +520,15 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
         labels = np.array([number_of[k] for k in kinds])[source]
         tile = np.arange(len(x)) - np.searchsorted(source, source)
         paths = [names[s] + f"#{t}" * patches for s, t in zip(source, tile)]
-    hashes, constant = hash_pictures(x)
-    fingerprint = hashlib.blake2b(np.sort(hashes).tobytes(), digest_size=8).hexdigest()
-    return Pictures(x, paths, labels, classes, join_groups(source, hashes, constant), skipped, fingerprint)
+    hashes = np.frombuffer(b"".join(digest(picture) for picture in x), np.uint64)
+    constant = np.array([(picture == picture[0, 0]).all() for picture in x])
+    groups = join_groups(source, hashes, constant)
+    return Pictures(x, paths, labels, classes, groups, skipped, digest(np.sort(hashes)).hex())
+
+
+def digest(array):
+    """A hash of 8 bytes."""
+    return hashlib.blake2b(array.tobytes(), digest_size=8).digest()
 
 
 def is_synthetic(data):
@@ -630,13 +636,12 @@ def to_pixels(image, size, channels, patches=False):
     """
     if not patches:                            # a large JPEG is decoded at a fraction, at least 2·size
         image.draft(None, (2 * size, 2 * size))
+        square = ImageOps.fit(flatten(image, channels), (size, size), Image.BICUBIC)
+        return np.asarray(square).reshape(1, size, size, channels)
     image = flatten(image, channels)
     w, h = image.size
-    down, across, s = h // size, w // size, min(w, h)
-    if not patches:
-        box = (w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2
-        return np.asarray(image.resize((size, size), Image.BICUBIC, box=box)).reshape(1, size, size, channels)
-    if s < size:
+    down, across = h // size, w // size
+    if not down or not across:
         raise ValueError(f"{w}×{h} pixels hold no {size}×{size} tile")
     tiles = np.asarray(image)[:down * size, :across * size].reshape(down, size, across, size, channels)
     return tiles.swapaxes(1, 2).reshape(-1, size, size, channels)
@@ -666,16 +671,6 @@ def to_uint8(x):
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def hash_pictures(x):
-    """(N,) uint64, a hash of each picture's pixels, and (N,) bool: is it of one colour throughout?"""
-    def of(picture):
-        data, colour = picture.tobytes(), picture[0, 0].tobytes()
-        return hashlib.blake2b(data, digest_size=8).digest(), data == colour * (len(data) // len(colour))
-
-    digests, constant = zip(*map(of, x))
-    return np.frombuffer(b"".join(digests), np.uint64), np.array(constant)
-
-
 def join_groups(source, hashes, constant):
     """Group of every picture (N,): those cut from one file, and exact duplicates, share one, transitively.
 
@@ -686,16 +681,14 @@ def join_groups(source, hashes, constant):
     for h in np.unique(hashes[constant]):                  # each blank one gets a hash of its own
         same = np.flatnonzero(hashes == h)
         hashes[same] += np.arange(len(same), dtype=np.uint64)
-    groups, kinds = hashes, (source, np.unique(hashes, return_inverse=True)[1])
-    while True:
-        least = groups
-        for kind in kinds:
+    groups, before, copies = hashes, None, np.unique(hashes, return_inverse=True)[1]
+    while not np.array_equal(groups, before):
+        before = groups
+        for kind in source, copies:
             smallest = np.full(kind.max() + 1, np.uint64(2 ** 64 - 1))
-            np.minimum.at(smallest, kind, least)
-            least = smallest[kind]
-        if (least == groups).all():
-            return groups
-        groups = least
+            np.minimum.at(smallest, kind, groups)
+            groups = smallest[kind]
+    return groups
 
 
 def split(pictures, val=0.05, seed=0):
@@ -934,11 +927,11 @@ def caption(text, size=26, width=1600):
     return image
 
 
-def picture_rows(rows, side=96, gap=4):
+def picture_rows(rows, side=96):
     """Rows of pictures with a name in front of each: rows is [(name, x (N, C, H, W))]. A PIL image."""
     left = 20 + int(max(font().getlength(greek(name)) for name, _ in rows))
     return grid([grid([caption(name, width=left), *(to_image(picture, side) for picture in x)],
-                      len(x) + 1, gap) for name, x in rows], 1, gap)
+                      len(x) + 1, 4) for name, x in rows], 1, 4)
 
 
 # what `plot` draws: x and y set its ranges; draw(pen, at, color) asks at(x, y) for the points in pixels
@@ -1099,14 +1092,15 @@ def bench(flags, micro_batch, device, seconds=20):
         torch.zeros(1, device=device).item()   # waits for a GPU
         return images / (time.perf_counter() - start)
 
-    works = (batch, step), (micro, torch.no_grad()(lambda: model(x))), (micro, lambda: phi(model, x, 0.3))
+    works = {"training step": (batch, step), "forward pass": (micro, torch.no_grad()(lambda: model(x))),
+             "phi": (micro, lambda: phi(model, x, 0.3))}
     rates, end = [], time.monotonic() + seconds
     while time.monotonic() < end or len(rates) < 3:
-        rates.append([rate(*work) for work in works])
+        rates.append([rate(*work) for work in works.values()])
     say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, micro-batch "
         f"{micro}, {precision}, {device}")
     rates = np.median(rates, 0)
-    for name, r in zip(("training step", "forward pass", "phi"), rates):
+    for name, r in zip(works, rates):
         say(f"{name:13} {r:10.1f} images/s, {r / rates[1]:.2f} of the forward pass")
 
 
@@ -1143,8 +1137,9 @@ def arguments():
     add("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
     add = parser.add_argument
     add("--out", default="ckpt.pt", metavar="FILE.pt", help="checkpoint to write (default: ckpt.pt)")
-    add("--resume", action="store_true", help="go on with --out exactly where it was saved")
-    add("--force", action="store_true", help="overwrite --out")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on with --out exactly where it was saved")
+    either("--force", action="store_true", help="overwrite --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--micro-batch", type=whole, help="pictures at a time: memory and speed alone (default: what fits)")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -1221,8 +1216,6 @@ def main():
     out, device = given["out"], choose_device(given["device"])
     if given["bench"]:
         return bench(complete_flags(given), given["micro_batch"], device)
-    if given["resume"] and given["force"]:
-        raise UserError("--resume and --force: choose one")
     if not out.endswith(".pt"):
         raise UserError(f"--out {out or repr(out)}: the name must end in .pt")
     resume = load_checkpoint(out)[1] if given["resume"] else None

@@ -132,20 +132,19 @@ class UNet(nn.Module):
 
 # §2.3, the representation
 
-def phi(model, x, sigma, draws=1, generator=None, grad=False):
+@torch.no_grad()
+def phi(model, x, sigma, draws=1, generator=None):
     """φ(x_σ) = E_z[ā_M(x + σz)] (§2.3), the mean over `draws` noise realisations: (N, width·2^levels).
 
     x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,). generator: a torch.Generator on x's
-    device. Only E1 … M run; no gradient unless `grad`. Errors: as `encode`.
+    device. Only E1 … M run, without a gradient. Errors: as `encode`.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-    n, c, h, w = x.shape                       # z is drawn channels last, as the network runs
-    with torch.set_grad_enabled(grad):
-        total = 0
-        for _ in range(draws):
-            z = torch.randn(n, h, w, c, generator=generator, device=x.device, dtype=x.dtype)
-            total = total + model.encode(torch.addcmul(x, sigma, z.permute(0, 3, 1, 2)))[0].mean((2, 3))
-        return total / draws
+    (n, c, h, w), total = x.shape, 0           # z is drawn channels last, as the network runs
+    for _ in range(draws):
+        z = torch.randn(n, h, w, c, generator=generator, device=x.device, dtype=x.dtype)
+        total = total + model.encode(torch.addcmul(x, sigma, z.permute(0, 3, 1, 2)))[0].mean((2, 3))
+    return total / draws
 
 
 # What all scripts share: reading a checkpoint, writing a file, the status line, the end
@@ -163,13 +162,10 @@ def load_checkpoint(path, device="cpu"):
 
     The dict holds plain numbers, strings, lists and tensors: `model` (width, channels, levels), `size`
     (pixels), `sigma_max`, `mean` (the mean colour, in [0, 1]), `flags` (of the training), `training` (a
-    summary), and here also `sha256` of the file. Raises UserError, in one line, for anything that is not a
-    whole checkpoint of ours. Nothing in the file is executed.
+    summary), and here also `sha256` of the file. Nothing in the file is executed. Raises OSError, and
+    UserError for what is not a whole checkpoint of ours.
     """
-    try:
-        data, checkpoint = pathlib.Path(path).read_bytes(), None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    data, checkpoint = pathlib.Path(path).read_bytes(), None
     with contextlib.suppress(Exception):                  # a damaged or malicious file raises nearly anything
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.testzip() is None:                 # every member's CRC; torch.load reads none
@@ -186,26 +182,25 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError("weights that are not finite")
         with torch.device("meta"):                        # costs nothing, whatever the width says
             model = UNet(**checkpoint["model"])
-        model.load_state_dict(weights, strict=True, assign=True)
+        model.load_state_dict(weights, assign=True)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        lines = str(error).splitlines()                   # torch's second line says what does not fit
-        raise UserError(f"{path}: damaged checkpoint ({lines[min(1, len(lines) - 1)].strip()})") from None
+        detail = str(error).splitlines()[-1].strip()      # torch's last line says what does not fit
+        raise UserError(f"{path}: damaged checkpoint ({detail})") from None
     checkpoint["sha256"] = hashlib.sha256(data).hexdigest()
     return model.to(device).requires_grad_().eval(), checkpoint
 
 
-def check_outputs(paths, force=False, flag="--out"):
+def check_outputs(paths, force=False):
     """Before the work: UserError if one of these files could not be written, or exists without `force`."""
-    for path in map(str, paths):
-        folder = os.path.dirname(os.path.realpath(path))
-        if not os.path.basename(path) or os.path.isdir(path):
-            raise UserError(f"{flag} {path or repr(path)}: must name a file, not a folder")
-        if not os.path.isdir(folder):
-            raise UserError(f"{flag} {path}: there is no folder {folder}")
+    for path in paths:
+        target = os.path.realpath(path)
+        folder = os.path.dirname(target)
+        if os.path.isdir(target):
+            raise UserError(f"--out {path or repr(path)}: must name a file, not a folder")
         if not os.access(folder, os.W_OK):
-            raise UserError(f"{flag} {path}: the folder {folder} is not writable")
-        if os.path.exists(path) and not force:
-            raise UserError(f"{path} exists: --force overwrites it, {flag} names another")
+            raise UserError(f"--out {path}: there is no folder {folder}, or it is not writable")
+        if os.path.exists(target) and not force:
+            raise UserError(f"{path} exists: --force overwrites it, --out names another")
 
 
 @contextlib.contextmanager
@@ -229,17 +224,19 @@ def write(path):
             os.remove(temporary)                          # there only if something failed
 
 
-def say(text):
+def on_terminal():
+    """Is standard output a terminal, whose last line can be rewritten?"""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def say(text, end="\n"):
     """Print a line in place of the status line. Whatever happens to standard output, the work goes on."""
-    _print("\r\033[K" * Progress.open + printable(text) + "\n")
-    Progress.open = False
-
-
-def _print(text):
-    with contextlib.suppress(OSError, ValueError):         # a closed pipe, a full disk, no console at all
-        if sys.stdout and int(os.environ.get("RANK", 0)) == 0:           # under torchrun, the first process
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    if int(os.environ.get("RANK", 0)):                     # under torchrun, the first process speaks
+        return
+    try:
+        print("\r\033[K" * on_terminal() + printable(text), end=end, flush=True)
+    except (OSError, ValueError):                          # a closed pipe, a full disk
+        sys.stdout = open(os.devnull, "w")
 
 
 def printable(text):
@@ -261,8 +258,6 @@ class Progress:
     progress = Progress(begun); progress(fraction done, text). begun: what a run now resumed had done before.
     """
 
-    open = False               # is the cursor behind a status line?
-
     def __init__(self, begun=0.0):
         self.begun, self.start, self.shown = begun, time.monotonic(), time.monotonic()
 
@@ -272,12 +267,11 @@ class Progress:
         return taken * (1 - fraction) / done if done > 0 else math.inf
 
     def __call__(self, fraction, text):
-        now, terminal = time.monotonic(), bool(sys.stdout) and sys.stdout.isatty()
+        now, terminal = time.monotonic(), on_terminal()
         if fraction > self.begun and now - self.shown > (0.5 if terminal else 15):
             self.shown = now
-            line = printable(f"{duration(self.left(fraction))} left  {100 * fraction:3.0f} %  {text}")
-            _print("\r\033[K" + line[:79] if terminal else line + "\n")
-            Progress.open = terminal
+            line = f"{duration(self.left(fraction))} left  {100 * fraction:3.0f} %  {text}"
+            say(line[:79] if terminal else line, end="" if terminal else "\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -287,8 +281,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
-        """Exit with code 2 and one line."""
-        self.exit(2, printable(f"{self.prog}: {message} (--help lists the flags)") + "\n")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def number(kind, low, high=2 ** 60):
@@ -308,16 +301,15 @@ def number(kind, low, high=2 ** 60):
 def run(main):
     """The last line of every script: run `main` and exit with the code that it returns.
 
-    What the user can mend (UserError, a file, too little memory) is one line and exit code 2; Ctrl-C is 130
-    and a closed pipe 141, without a word.
+    What the user can mend (UserError, a file, too little memory) is one line and exit code 2; Ctrl-C is 130,
+    without a word.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")     # consoles that know no σ
-    trouble, code = None, 2
     try:
-        code = main() or 0
-    except (KeyboardInterrupt, BrokenPipeError) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 141
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         trouble = str(error)
     except OSError as error:
@@ -326,13 +318,7 @@ def run(main):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not full and "t allocate memory" not in str(error):           # a RuntimeError, on a CPU
             raise
-        trouble = f"out of memory; smaller settings need less ({printable(str(error))[:60]})"
-    if trouble:
-        _print("\n" * Progress.open)
-        with contextlib.suppress(OSError, AttributeError):
-            print(f"{os.path.basename(sys.argv[0])}: {printable(trouble)}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except (OSError, AttributeError, ValueError):          # else Python complains about it at exit
-        sys.stdout = open(os.devnull, "w")
-    sys.exit(code)
+        trouble = f"out of memory; smaller settings need less ({str(error)[:60]})"
+    say("", end="")                                       # takes the status line away
+    print(f"{os.path.basename(sys.argv[0])}: {printable(trouble)}", file=sys.stderr)
+    sys.exit(2)
