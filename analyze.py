@@ -21,9 +21,9 @@ import html
 import json
 import math
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from unet import (Parser, Progress, UNet, UserError, check_outputs, load_checkpoint, number, phi, printable,
                   run, say, write)
@@ -276,15 +276,8 @@ def otsu(v):
     v = np.sort(v)
     n = np.arange(1, len(v))
     low, total = np.cumsum(v)[:-1], v.sum()
-    between = n * (len(v) - n) * (low / n - (total - low) / (len(v) - n)) ** 2
-    k = int(between.argmax()) if len(n) else 0
-    return float((v[k] + v[min(k + 1, len(v) - 1)]) / 2)
-
-
-def ranks(v):
-    """Ranks of a 1-D array, ties sharing their mean rank."""
-    _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    k = (n * (len(v) - n) * (low / n - (total - low) / (len(v) - n)) ** 2).argmax()    # between the groups
+    return float((v[k] + v[k + 1]) / 2)
 
 
 def rank_correlation(a, b):
@@ -292,7 +285,9 @@ def rank_correlation(a, b):
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return math.nan
-    return float(np.corrcoef(ranks(a[both]), ranks(b[both]))[0, 1])
+    ranks = [np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right")        # twice the mean
+             for v in (a[both], b[both])]                                                     # rank of ties
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def bootstrap(a, b, rng, samples=300):
@@ -383,16 +378,15 @@ def sparsity(study):
                   "participation ratio", "pictures", b) for b in names]
     at = [sides(study.averages[0], s) for s in levels]
     mean = {b: np.transpose([np.mean(v[b], 1) for v in at]) for b in names}        # (2, levels)
-    wide = [plot((796, 520), [line(levels, f(*v), b, points=True) for b, v in mean.items()] + zero,
-                 "noise level σ", label, log="x") for f, zero, label in (
-                     (lambda before, after: after, [], "mean PR of the output"),
-                     (lambda before, after: after - before, [rule(y=0)], "PR, output − input"))]
+    outputs = [line(levels, after, b, points=True) for b, (_, after) in mean.items()]
+    changed = [line(levels, after - before, b, points=True) for b, (before, after) in mean.items()]
+    wide = [plot((796, 520), outputs, "noise level σ", "mean PR of the output", log="x"),
+            plot((796, 520), [*changed, rule(y=0)], "noise level σ", "PR, output − input", log="x")]
     study.figure("sparsity", grid([grid(plots, 3, 5), grid(wide, 2)], 1),
                  "Fig. 1, 10. The share of active channels (PR) before and after each block; below, against "
                  "the noise. Paper: it rises in the encoder (E), falls in M and in the decoder (D).")
-    return dict(pictures=len(here["M"][0]), sigma=study.sigma, change=changes[0], phi_pr=of_phi,
-                pr_input={b: v[0] for b, v in here.items()}, pr_output={b: v[1] for b, v in here.items()},
-                claims=claims)
+    return dict(change=changes[0], phi_pr=of_phi, pr_input={b: v[0] for b, v in here.items()},
+                pr_output={b: v[1] for b, v in here.items()}, claims=claims)
 
 
 # §2.3, Robustness of representation to noise (Fig. 2, 11)
@@ -443,17 +437,13 @@ def stability(study):
                                    f"cosine to σ₁ = {study.sigma_1:g}", log="x"),
                  "Fig. 2, 11. How far each block keeps its direction when the noise changes (band: one SD). "
                  "Paper: M is highest. Stability counts only above the gray line.")
-    return dict(here, pictures=len(order), sigma_1=study.sigma_1, sigma_2=levels, mean=mean, sd=sd,
-                claims=claims)
+    return dict(here, sigma_2=levels, mean=mean, sd=sd, claims=claims)
 
 
 # §2.4, Denoising and channel selectivity (Fig. 3, 4, 12)
 
 def channel_selectivity(code):
-    """PR of every channel over the n pictures of code (n, d): what selectivity (§2.4) is measured by, (d,).
-
-    Small: few pictures excite it (specialised); large: most do (common); NaN: none does.
-    """
+    """PR of each channel over the pictures of code (n, d), (d,): small if few excite it, NaN if none does."""
     return participation_ratio(code.double(), 0).numpy()
 
 
@@ -484,9 +474,9 @@ def selectivity(study):
         rule=f"Hartigan's dip, p = {p:.3f}, below 0.05; {len(special)} specialised, {len(common)} common")]
     histogram = plot((1600, 480), [bars(pr, 40), rule(x=threshold, label="threshold (Otsu)", color=RED)],
                      "participation ratio over the pictures", "channels of φ")
-    shown, cells = [*special[:4], *common[::-1][:2]], []
-    top, excited = ({int(c): top_pictures(code, c)[k] for c in shown} for k in (0, 1))
+    shown, top, excited, cells = [*special[:4], *common[::-1][:2]], {}, {}, []
     for c in shown:
+        top[int(c)], excited[int(c)] = top_pictures(code, c)
         title = (f"{'specialised' if c in special else 'common'} {c}, PR {every[c]:.2g}; excited by "
                  f"{excited[c]} of {len(code)}")
         cells.append(titled(title, panel(study.pictures(top[c]), side=170), 528))
@@ -513,14 +503,13 @@ def attributes(study):
         chosen = study.choose(3, 13)
         x, own, names = study.pictures(chosen), code[chosen], [f"picture {i}" for i in chosen]
     relative = (own / code.square().mean(0).sqrt())[:, special.copy()].nan_to_num()
-    for name, picture, v in zip(names, x, relative):
-        value, at = v.topk(min(3, len(special)))
-        best = special[at.numpy()]
-        top = [top_pictures(code, c)[0] for c in best]
-        numbers.append(dict(name=name, channels=best, response=value, top=top))
-        cells += [titled(name, to_image(picture, 380), 392), *(
-            titled(f"channel {c}, PR {study.channel_pr[c]:.2g}; {v:.1f} r.m.s.",
-                   panel(study.pictures(rows), side=122), 392) for c, v, rows in zip(best, value, top))]
+    for name, picture, responses in zip(names, x, relative):
+        values, at = responses.topk(min(3, len(special)))
+        numbers.append(dict(name=name, channels=special[at.numpy()], response=values))
+        cells.append(titled(name, to_image(picture, 380), 392))
+        for c, v in zip(special[at.numpy()], values):
+            title = f"channel {c}, PR {study.channel_pr[c]:.2g}; {v:.1f} r.m.s."
+            cells.append(titled(title, panel(study.pictures(top_pictures(code, c)[0]), side=122), 392))
     study.figure("attributes", grid(cells, 1 + min(3, len(special))),
                  "Fig. 4. Left, a picture; right, what else excites the three specialised channels that "
                  "it excites most. Do they show what the picture is made of?")
@@ -529,11 +518,11 @@ def attributes(study):
 
 # §2.5, Denoising and emergent semantic similarity (Fig. 5, 14)
 
-def class_agreement(code, labels, k=10):
-    """(`own_class`, one value a picture; the same by chance, NaN without two classes)."""
-    names, index, counts = np.unique(labels[labels >= 0], return_inverse=True, return_counts=True)
-    chance = (counts[index] - 1).mean() / (len(index) - 1) if len(names) > 1 else math.nan
-    return own_class(code, labels, k), float(chance)
+def chance_agreement(labels):
+    """What `own_class` is in the mean if neighbours are drawn by lot; NaN without two classes."""
+    counts = np.unique(labels[labels >= 0], return_counts=True)[1]
+    n = counts.sum()
+    return float((counts * (counts - 1)).sum() / (n * (n - 1))) if len(counts) > 1 else math.nan
 
 
 def two_groups(code, target, size):
@@ -570,7 +559,7 @@ def neighbours(study):
     pixels, code = to_batch(study.x[chosen], "cpu"), study.code[chosen]
     labels, targets = study.labels[chosen], study.rng(17).permutation(len(chosen))[:20]
     spaces = {"φ": code, "pixels": pixels.flatten(1), LESS_COLOUR: less_colour(pixels)}
-    same, chance = {s: own_class(v, labels) for s, v in spaces.items()}, class_agreement(code, labels)[1]
+    same, chance = {s: own_class(v, labels) for s, v in spaces.items()}, chance_agreement(labels)
     nulls = study.nulls(lambda v: own_class(v[study.sigma][chosen], labels).mean(), "untrained", "shuffled")
     gaps = subspace_gap(code, targets)
 
@@ -595,8 +584,8 @@ def neighbours(study):
     study.figure("neighbours", grid(sheets, 2),
                  "Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ "
                  "(left) and of the pixels (right). Paper: the former share what they show.")
-    return dict(draw_subspaces(study, code, targets[0]), pool=len(chosen), chance=chance, nulls=nulls,
-                agreement={s: mean_se(v) for s, v in same.items()}, subspace_gap=gaps, claims=claims)
+    return dict(draw_subspaces(study, code, targets[0]), chance=chance, subspace_gap=gaps,
+                agreement={s: mean_se(v) for s, v in same.items()}, claims=claims)
 
 
 def draw_subspaces(study, code, target):
@@ -682,7 +671,6 @@ def clusters(study):
         return study.claim(text, place, paper, here[key], over, means, effect=effect, own=own, rule=rule)
 
     seeds, start_seeds, classes = here["seeds"], here["start_seeds"], here["start_classes"]
-    least = lambda key, bound: None if math.isnan(here[key][0]) else bool(here[key][0] >= bound)
     claims = [
         judge("every pair of clusters is more than 2 SD apart", "Fig. 6", "all of 100 pairs", "ratio",
               "pairs of clusters", 0.25, here["least"] > 2,
@@ -690,18 +678,17 @@ def clusters(study):
         judge("clusters are farther apart than classes", "Fig. 6", "substantially", "lead", "pairs", 0.25,
               beyond(here["lead"]), f"mean distance / SD less that of classes, {here['classes'][0]:.2f}"),
         judge("other σ give similar clusters", "App. B.3", "similar", "sigma", "two seeds", 0.05,
-              least("sigma", seeds - 0.1),
+              here["sigma"][0] >= seeds - 0.1,
               f"Rand index to the next σ; at least that between seeds, {seeds:.2f}, less 0.1"),
         judge("a start from class centroids gives similar clusters", "App. B.3", "similar", "start",
-              "two seeds", 0.05, least("start", max(start_seeds - 0.1, classes)),
+              "two seeds", 0.05, here["start"][0] >= max(start_seeds - 0.1, classes),
               f"Rand index to random starts; at least that between these, {start_seeds:.2f}, less 0.1, and "
               f"that to the classes, {classes:.2f}")]
-    maps = draw_clusters(study, {
-        "clusters": (study.code, here["labels"]), "Gaussian control": (
-            next(study.replicates("Gaussian"))[study.sigma], nulls["Gaussian"][0]["labels"]),
-        "classes": (study.code, truth)})
-    return dict(here, **maps, clusters=K, pictures=n, sizes=np.bincount(here["labels"], minlength=K),
-                claims=claims)
+    gaussian = next(study.replicates("Gaussian"))[study.sigma]
+    maps = draw_clusters(study, {"clusters": (study.code, here["labels"]),
+                                 "Gaussian control": (gaussian, nulls["Gaussian"][0]["labels"]),
+                                 "classes": (study.code, truth)})
+    return dict(here, **maps, clusters=K, sizes=np.bincount(here["labels"], minlength=K), claims=claims)
 
 
 def draw_clusters(study, groups):
@@ -744,27 +731,25 @@ def draw_clusters(study, groups):
 
 @torch.no_grad()
 def map_statistics(study, model, chosen):
-    """Of E_z[a_M(x + σz)] at the study's σ, by running sums over pictures: (spatial PR (d,), dimension (d,)).
+    """Of E_z[a_M(x + σz)] at the study's σ: (spatial PR (d,), dimension (d,)).
 
     Spatial PR: over the h·w places of a map, averaged over pictures with weight φ[i], since the map of a
     silent channel has no shape. Dimension: of the maps seen as vectors of h·w numbers, (Σλ)²/Σλ² over the
     eigenvalues λ of their covariance.
     """
-    weight = weighted = total = second = 0
+    maps = []
     for a in range(0, len(chosen), BATCH):
-        x, generator, maps = study.pictures(chosen[a:a + BATCH]), study.noise(20, a), 0
+        x, generator, total = study.pictures(chosen[a:a + BATCH]), study.noise(20, a), 0
         for _ in range(study.draws):
             z = torch.randn(x.shape, generator=generator, device=x.device)
-            maps = maps + model.encode(x + study.sigma * z)[0]
-        maps = (maps / study.draws).flatten(2).cpu().double()                  # (m, d, hw)
-        size, total = maps.mean(2), total + maps.sum(0)
-        weight = weight + size.sum(0)
-        weighted = weighted + (size * participation_ratio(maps).nan_to_num()).sum(0)
-        second = second + torch.einsum("mdp,mdq->dpq", maps, maps)
-    mean = total / len(chosen)
-    covariance = second / len(chosen) - mean[:, :, None] * mean[:, None, :]
+            total = total + model.encode(x + study.sigma * z)[0]
+        maps.append((total / study.draws).flatten(2).cpu().double())
+    maps = torch.cat(maps)                                                     # (n, d, hw)
+    size, centred = maps.mean(2), maps - maps.mean(0)
+    spatial = (size * participation_ratio(maps).nan_to_num()).sum(0) / size.sum(0)
+    covariance = torch.einsum("ndp,ndq->dpq", centred, centred) / len(maps)
     trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
-    return (weighted / weight).numpy(), (trace.square() / covariance.square().sum((1, 2))).numpy()
+    return spatial.numpy(), (trace.square() / covariance.square().sum((1, 2))).numpy()
 
 
 def gratings(size, channels, frequencies, angles, phases=4):
@@ -837,19 +822,18 @@ def channels(study):
         nulls = [rank_correlation(v["pr"], v[name]) for v in untrained if name in v]
         return study.claim(
             text, place, paper, (rho, sd), "channels", dict(untrained=nulls), sign=sign, effect=0.1,
-            own=sign * rho > chance if math.isfinite(rho) else None,
+            own=sign * rho > chance,
             rule=f"rank correlation with PR, 95 % in [{low:.2f}, {high:.2f}], beyond chance, {chance:.2f}")
 
     (near, contrast), *others = (tails(v["pr"], v["kurtosis"]) for v in every)
     samples = study.rng(24).integers(len(found["pr"]), size=(100, len(found["pr"])))
     spread = [tails(found["pr"][i], found["kurtosis"][i])[1] for i in samples]
-    known = math.isfinite(contrast)
-    further = (contrast, np.nanstd(spread) if known else math.nan)
+    further = (contrast, np.nanstd(spread))
     claims = [
         goes("specialised channels have heavier tails", "Fig. 13", "heavy tails", "kurtosis", -1),
         study.claim("… and common channels are near-Gaussian", "Fig. 13, App. B.2", "closer to Gaussian",
                     further, "channels", dict(untrained=[v[1] for v in others]), effect=0.5,
-                    own=near < 1 and beyond(further) if known else None,
+                    own=near < 1 and beyond(further),
                     rule=f"median |kurtosis − 3| is {near:.2f} for common channels (below 1), and by how "
                     "much more for specialised ones"),
         goes("specialised channels are sparser in space", "Fig. 13", "sparse", "spatial_pr", 1),
@@ -897,7 +881,7 @@ def embedding(study, draws=8):
     d2, error, integrand, matched = (np.array([np.asarray(v, float) for v in part]) for part in zip(*values))
     square = lambda phis: (phis[study.sigma][pairs[:, 0]] - phis[study.sigma][pairs[:, 1]]
                            ).double().square().sum(1).numpy().clip(1e-30)
-    span = lambda ratio: float(np.log(ratio.max() / ratio.min())) if ratio.min() > 0 else math.nan
+    span = lambda ratio: float(np.log(ratio.max() / ratio.min()))
     here = square(study.phi)
     ratio, (rho, sd, low, high) = d2 / here, bootstrap(here, d2, study.rng(25))
     spread = np.std([span(ratio[i]) for i in study.rng(26).integers(n, size=(200, n))])
@@ -906,7 +890,7 @@ def embedding(study, draws=8):
     claims = [
         study.claim("distance of φ strongly predicts the distance of densities", "Fig. 8", "strongly",
                     (rho, sd), "pairs", nulls(lambda v: rank_correlation(square(v), d2)), effect=0.1,
-                    own=rho > 0.5 and low > 0 if math.isfinite(sd) else None,
+                    own=rho > 0.5 and low > 0,
                     rule=f"rank correlation of {n} pairs, above 0.5; 95 % in [{low:.2f}, {high:.2f}]; "
                     f"{matched.mean():.0%} of the y could be matched"),
         study.claim("embedding inequality (3) with B/A = 2.9", "Fig. 8", "log 2.9 = 1.06",
@@ -925,8 +909,8 @@ def embedding(study, draws=8):
                  f"B/A = {largest:.1f}. Paper: a narrow band, B/A = 2.9.")
     draw_scores(study, pairs[int(np.argsort(here)[n // 2])])
     return dict(pairs=pairs, sigmas=sigmas, kl=d2, kl_error=error, phi_squared_distance=here,
-                interval=[low, high], matched=matched.mean(0), integrand=integrand, rank_correlation=rho,
-                A=ratio.min(), B=ratio.max(), B_over_A=largest, percentiles=percentiles, claims=claims)
+                matched=matched.mean(0), integrand=integrand, rank_correlation=rho, A=ratio.min(),
+                B=ratio.max(), B_over_A=largest, percentiles=percentiles, claims=claims)
 
 
 @torch.no_grad()
@@ -946,14 +930,9 @@ def draw_scores(study, pair):
                  "difference. Paper: the scores differ where the pictures do.")
 
 
-class Borrowed:
+def borrowed(denoiser, encoder):
     """A denoiser told φ by another network: `encode`, and so φ and Algorithm 2, are the other's."""
-
-    def __init__(self, denoiser, encoder):
-        self.denoiser, self.encode = denoiser, encoder.encode
-
-    def __getattr__(self, name):
-        return getattr(self.denoiser, name)
+    return SimpleNamespace(encode=encoder.encode, score=denoiser.score)
 
 
 def algorithm_1(study, model, x, samples, word, begin, end):
@@ -1000,7 +979,7 @@ def matching(study, m=16):
 
     own, controls = layout(samples), []
     for begin, network in zip((0.4, 0.6, 0.8), study.untrained):
-        told = algorithm_1(study, Borrowed(study.model, network), x[:8], 1, 27, begin, begin + 0.2)[0]
+        told = algorithm_1(study, borrowed(study.model, network), x[:8], 1, 27, begin, begin + 0.2)[0]
         controls.append(layout(told).mean())
     change = {name: np.abs(np.median(b / a, 1) - 1) for name, a, b in (
         ("noisy pictures", before, after), ("random step", before, random),
@@ -1021,9 +1000,9 @@ def matching(study, m=16):
              line(ends, ends, "unchanged", GRAY)]
     study.figure("matching", plot((1600, 800), marks, "σ̂ before matching", "σ̂ after matching", log="xy"),
                  "Fig. 20. The noise that the network sees before and after Algorithm 2. Paper: the same.")
-    return dict(pictures=len(x), sigmas=sigmas, before=before, after=after, random=random, change=change,
-                algorithm_1=inside, algorithm_1_sigmas=[v["sigma"] for v in levels], layout=own,
-                layout_untrained=controls, claims=claims)
+    return dict(sigmas=sigmas, before=before, after=after, random=random, change=change, layout=own,
+                layout_untrained=controls, algorithm_1=inside,
+                algorithm_1_sigmas=[v["sigma"] for v in levels], claims=claims)
 
 
 @analysis(14, "reconstruction", "unconditional")
@@ -1033,7 +1012,7 @@ def reconstruction(study, samples=8):
     """
     x, sheets = study.pictures(study.choose(2, 30)), []
     for begin, model, text in ((0, study.model, "told φ of the framed picture"), (
-            0.4, Borrowed(study.model, study.untrained[0]), "control: told φ of an untrained network")):
+            0.4, borrowed(study.model, study.untrained[0]), "control: told φ of an untrained network")):
         found = algorithm_1(study, model, x, samples, 31, begin, begin + 0.4)[0]
         sheets += [titled(text, panel(v, target[None], side=256), 790, 24) for v, target in zip(found, x)]
     generators = [seeded("cpu", study.seed, 34, i) for i in range(16)]
@@ -1067,11 +1046,10 @@ def denoising(study, parts=8):
     sigmas, means = list(found[0]), {name: [mean_se(v) for v in curve.T] for name, curve in curves.items()}
     gap = [(p[0] - q[0], math.hypot(p[1], q[1])) for p, q in zip(*means.values())] if len(sides) == 2 else []
     difference, error = max(gap, key=lambda gap: abs(gap[0]) + 2 * gap[1], default=NOTHING)
-    known = math.isfinite(error)
     claims = [claim(
         "training and held-out PSNR agree", "paper B, Fig. 1", "equal at 100,000 pictures",
-        (difference, error), "parts", {}, sign=0, own=abs(difference) + 2 * error <= 0.1 if known else None,
-        rule="largest difference in dB at any σ; with two errors within 0.1" if known else
+        (difference, error), "parts", {}, own=abs(difference) + 2 * error <= 0.1,
+        rule="largest difference in dB at any σ; with two errors within 0.1" if math.isfinite(error) else
         "no training pictures among these, or too few for an error")]
     x = input_psnr(sigmas)
     marks = [line(x, v.mean(0), name, color, True, (v.mean(0) - v.std(0), v.mean(0) + v.std(0)))
@@ -1080,8 +1058,7 @@ def denoising(study, parts=8):
                                    "output PSNR (dB)"),
                  "Paper B, Fig. 1. Denoising of training pictures and of others (band: one SD over parts). "
                  "A network that has memorised is better on the former.")
-    return dict(sigmas=sigmas, input_psnr=x, output_psnr=means, gap=gap, claims=claims,
-                pictures={name: len(v) for name, v in sides.items()})
+    return dict(sigmas=sigmas, input_psnr=x, output_psnr=means, gap=gap, claims=claims)
 
 
 # Paper B, §2, Generalisation (its Fig. 1, 2; --versus)
@@ -1127,18 +1104,19 @@ def compare_pair(study, pair, samples=32):
     mean = torch.tensor(study.checkpoint["mean"], device=study.device)
     for k, (model, x) in enumerate(pair):
         study.progress(k / 2, f"N = {N:,}")
-        for side, pictures in ("training", x[torch.randperm(len(x), generator=study.noise(58))[:512]]), (
-                "held out", held):
-            for name, denoise in ("", lambda y, s: model.denoise(y)), ("exact, ", lambda y, s: posterior_mean(
-                    y, s, x)):
-                curves.setdefault(name + side, []).append(psnr_curve(denoise, pictures, sigmas))
+        sides = {"training": x[torch.randperm(len(x), generator=study.noise(58))[:512]], "held out": held}
+        for side, pictures in sides.items():
+            ours = psnr_curve(lambda y, sigma: model.denoise(y), pictures, sigmas)
+            exact = psnr_curve(lambda y, sigma: posterior_mean(y, sigma, x), pictures, sigmas)
+            curves.setdefault(side, []).append(ours)
+            curves.setdefault(f"exact, {side}", []).append(exact)
         generators = [seeded("cpu", study.seed, 59, i) for i in range(samples)]
         drawn.append(sample_unconditional(model, mean, held.shape[1:], generators, study.sigma_max, 0.05,
                                           0.01, 0.1, 600)[0].clamp(0, 1))      # paper B's h₀, β and σ_end
     out = dict(N=N, sigmas=sigmas, psnr={name: np.mean(v, 0) for name, v in curves.items()})
-    for name, space in {
-            "pixels": lambda model, v: v, LESS_COLOUR: lambda model, v: less_colour(v), "φ": lambda model, v:
-            torch.cat([phi(model, part, 0.3, 4, study.noise(61)) for part in v.split(BATCH)])}.items():
+    code = lambda model, v: torch.cat([phi(model, part, 0.3, 4, study.noise(61)) for part in v.split(BATCH)])
+    spaces = {"pixels": lambda model, v: v, LESS_COLOUR: lambda model, v: less_colour(v), "φ": code}
+    for name, space in spaces.items():
         a, b = (space(pair[0][0], v).flatten(1) for v in drawn)
         sets = [space(model, x[:POOL]) for model, x in pair]
         own = [to_nearest(space(m, v), t) for v, (m, _), t in zip(drawn, pair, sets)]
@@ -1246,7 +1224,10 @@ def ritz(product, start, k):
 
 
 def rows_of_jacobian(model, y, weights):
-    """Jᵀw at y (C, H, W) for each row w of `weights` (n, D), (n, D), from n copies of y."""
+    """Jᵀw at y (C, H, W) for each row w of `weights` (n, D), (n, D), from n copies of y.
+
+    (torch.func.jacrev is no substitute: under no_grad its vmap fails at the channels-last copy in `encode`.)
+    """
     with torch.enable_grad():
         copies = y.expand(len(weights), *y.shape).clone().requires_grad_()
         return torch.autograd.grad(model.denoise(copies).flatten(1), copies, weights)[0].flatten(1)
@@ -1381,8 +1362,7 @@ FIT = [10 ** (-psnr / 20) for psnr in range(0, 21, 2)]     # σ of the fit: 1 to
 
 def slope(psnr):
     """Least-squares slope of output PSNR (…, len(FIT)), in dB, against input PSNR."""
-    x = input_psnr(FIT)
-    return np.asarray(psnr) @ (x - x.mean()) / np.square(x - x.mean()).sum()
+    return np.polyfit(input_psnr(FIT), np.transpose(psnr), 1)[0]
 
 
 def disc_tangents(size, place):
@@ -1441,20 +1421,17 @@ def regularity(study, parts=8):
     return numbers
 
 
-def compare_regularity(out, found):
-    """The claim on the slopes of several networks, and their figure; found: their results.json."""
-    found = [v["analyses"]["regularity"] for v in found]
+def claim_on_slopes(found):
+    """The claim on the slopes of several networks; found: their numbers of `regularity`."""
     if not all("slope" in v for v in found):
         raise UserError("regularity is for networks trained on --data disc or calpha:A")
     best = sorted({v["optimum"] for v in found})
     here, linear = ([np.mean([np.ravel(v[key])[0] for v in found if v["optimum"] == b]) for b in best]
                     for key in ("slope", "linear"))
-    with write(os.path.join(out, "regularity.png")) as file:
-        draw_regularity(found).save(file, "png")
     each = ", ".join(f"{a:.2f} (optimum {b:.2f}, Wiener {c:.2f})" for a, b, c in zip(here, best, linear))
     order = rank_correlation(np.array(best), np.array(here)), 0.0
     return claim("slopes rise with the regularity of the pictures", "paper B, Fig. 4, 5", "in order", order,
-                 "kinds of pictures", {}, own=order[0] == 1, rule=f"rank correlation; {each}")
+                 "kinds of pictures", {}, own=(np.diff(here) > 0).all(), rule=f"rank correlation, of three kinds or more; {each}")
 
 
 REGULARITY = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity; slopes of these curves against "
@@ -1538,15 +1515,15 @@ def alive_line(alive):
 
 def over_networks(tables):
     """Every claim over several networks, a list of claims whose value and error are mean and SD over them."""
-    rows, firsts = [], {c["claim"]: c for table in tables[::-1] for c in table[::-1]}
-    for first in reversed(firsts.values()):
-        same = [c for table in tables for c in table if c["claim"] == first["claim"]]
+    rows = []
+    for name in dict.fromkeys(c["claim"] for table in tables for c in table):
+        same = [c for table in tables for c in table if c["claim"] == name]
         values, verdicts = np.array([c["value"] for c in same], float), [c["verdict"] for c in same]
-        nulls = {k: [c["nulls"][k][0] for c in same if k in c["nulls"]] for k in first["nulls"]}
+        nulls = {k: [c["nulls"][k][0] for c in same if k in c["nulls"]] for k in same[0]["nulls"]}
         rows.append(dict(
-            first, value=values.mean(), error=values.std(ddof=1) if len(values) > 1 else math.nan,
+            same[0], value=values.mean(), error=values.std(ddof=1) if len(values) > 1 else math.nan,
             over=f"{len(same)} networks", rule="each: " + ", ".join(f"{v:.3g}" for v in values),
-            nulls={k: [np.mean(v), np.std(v), len(v)] for k, v in nulls.items()},
+            nulls={k: [np.mean(v), np.std(v, ddof=int(len(v) > 1)), len(v)] for k, v in nulls.items()},
             verdict=", ".join(f"{v} in {verdicts.count(v)}" for v in dict.fromkeys(verdicts))))
     return rows
 
@@ -1652,6 +1629,7 @@ def add_phi(study, sigmas, key, paths):
     Returns whether this process goes on: under torchrun, only the first one does.
     """
     path, name, codes = os.path.join(study.out, "phi.npz"), json.dumps(key, sort_keys=True), []
+    first = not dist.is_initialized() or dist.get_rank() == 0
     study.untrained = untrained_networks(study)
     with contextlib.suppress(Exception):       # none, or not whole, or not ours: then --force was given
         with np.load(path) as file:
@@ -1661,16 +1639,15 @@ def add_phi(study, sigmas, key, paths):
         found = compute_phi([study.model, *study.untrained], study.x, [sigmas] + 3 * [sigmas[:2]],
                             study.draws, study.seed, study.device, study.progress)
         codes = [np.stack([v.numpy() for v in phis.values()]) for phis in found]   # (σ, n, d) a network
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return False
         if not all(np.isfinite(v).all() for v in codes):
             raise UserError("φ is not finite; is the checkpoint damaged?")
-        with write(path) as file:
-            np.savez(file, phi=codes[0][0], other_phi=codes[0][1:], untrained=np.array(codes[1:]),
-                     paths=np.array(paths), sigma=np.array(sigmas), labels=study.labels,
-                     checkpoint=key["checkpoint"], key=name)
+        if first:
+            with write(path) as file:
+                np.savez(file, phi=codes[0][0], other_phi=codes[0][1:], untrained=np.array(codes[1:]),
+                         paths=np.array(paths), sigma=np.array(sigmas), labels=study.labels,
+                         checkpoint=key["checkpoint"], key=name)
     study.phi, *study.untrained_phi = [dict(zip(sigmas, map(torch.from_numpy, v))) for v in codes]
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return first
 
 
 def arguments():
@@ -1764,16 +1741,15 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
     say(scale)
     record = dict(key=key, scale=scale, settings=vars(flags), device=str(device),
                   training=checkpoint["training"], alive=study.alive,
-                  **{k: old.get(k, {}) for k in ("analyses", "captions", "seconds")})
+                  analyses=old.get("analyses", {}), captions=old.get("captions", {}))
     for name, function in wanted.items():
         study.progress = lambda f, text: progress((done + function.share * f) / whole, f"{name}: {text}")
-        start = time.monotonic()
         try:
             record["analyses"][name] = function(study)
         except Skip as reason:
             record["analyses"][name] = dict(skipped=str(reason))
             say(f"{name}: left out: {reason}")
-        record["seconds"][name], done = time.monotonic() - start, done + function.share
+        done += function.share
         record["captions"] |= study.captions
         write_json(os.path.join(out, "results.json"), record)
     claims = lambda names: [c for name in names for c in record["analyses"].get(name, {}).get("claims", [])]
@@ -1819,9 +1795,8 @@ def load_pairs(flags, networks, device):
 def compare(flags, networks, device, progress):
     """--versus: `generalisation`, results.json and the page."""
     study, pairs = load_pairs(flags, networks, device)
-    os.makedirs(flags.out, exist_ok=True)
     names = "results.json", "index.html", "generalisation.png", "originals.png"
-    check_outputs([os.path.join(flags.out, name) for name in names], flags.force)
+    earlier_results(flags.out, names, dict(settings=vars(flags)), flags.force)
     study.progress = progress
     found = generalisation(study, pairs)
     write_json(os.path.join(flags.out, "results.json"), dict(settings=vars(flags),
@@ -1834,18 +1809,21 @@ def compare(flags, networks, device, progress):
 
 def summarise(flags, names, tables, found):
     """Claims over several networks, by name, the figures that compare these, networks.json and the page."""
-    rows, captions = over_networks(tables), {}
+    rows, figures, captions = over_networks(tables), dict(emergence=draw_emergence(found)), {
+        "emergence": "φ during training. Is M in use, and when does φ know classes?",
+        "regularity": REGULARITY}
     if flags.only == ["regularity"]:
-        rows, captions = rows + [compare_regularity(flags.out, found)], dict(regularity=REGULARITY)
-    if image := draw_emergence(found):
-        captions["emergence"] = "φ during training. Is M in use, and when does φ know classes?"
-        with write(os.path.join(flags.out, "emergence.png")) as file:
-            image.save(file, "png")
+        slopes = [v["analyses"]["regularity"] for v in found]
+        rows, figures = [*rows, claim_on_slopes(slopes)], dict(regularity=draw_regularity(slopes))
+    for name, image in figures.items():
+        if image:
+            with write(os.path.join(flags.out, name + ".png")) as file:
+                image.save(file, "png")
     say(f"{len(names)} networks: {', '.join(names)}")
     say_claims(rows)
     write_json(os.path.join(flags.out, "networks.json"), dict(checkpoints=flags.checkpoint, claims=rows))
     write_page(flags.out, f"{len(names)} networks", "mean ± SD over networks", ", ".join(names), rows,
-               captions, vars(flags))
+               {name: captions[name] for name, image in figures.items() if image}, vars(flags))
 
 
 def main():

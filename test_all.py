@@ -1507,12 +1507,13 @@ def test_analyze_matching(tmp_path, monkeypatch, share, step, expected):
         [before, share * before, step * before])[:, :len(sigmas)])
 
     def algorithm_1(study, model, x, *_):
-        told = not isinstance(model, analyze.Borrowed) and expected[1] == "h"
+        told = not isinstance(model, SimpleNamespace) and expected[1] == "h"
         noise = [normal(1, *v.shape, seed=k) for k, v in enumerate(x)]
         return [v[None] + 0.3 * z if told else z for v, z in zip(x, noise)], [
             dict(sigma=0.5, sigma_before=level, sigma_after=level)]
     monkeypatch.setattr(analyze, "algorithm_1", algorithm_1)
-    out = analyze.matching(study_of(tmp_path, normal(12, 4).abs(), untrained=[UNet(2, 1, 1)] * 3))
+    networks = dict(model=UNet(2, 1, 1), untrained=[UNet(2, 1, 1)] * 3)
+    out = analyze.matching(study_of(tmp_path, normal(12, 4).abs(), **networks))
     assert verdicts(out) == expected
     if expected[1] == "h":
         assert out["layout"].mean() > 0.4 and abs(np.mean(out["layout_untrained"])) < 0.2
