@@ -56,25 +56,6 @@ def python(*words):
     return done.returncode, done.stderr
 
 
-def bare_network(width, channels, levels):
-    """A UNet without LayerNorm, which mixes all places, and of positive weights: no path is cut by a ReLU."""
-    torch.manual_seed(0)
-    model = UNet(width, channels, levels)
-    for block in model.blocks.values():
-        for i, module in enumerate(block):
-            if isinstance(module, nn.GroupNorm):
-                block[i] = nn.Identity()
-    for p in model.parameters():
-        p.data.abs_()
-    return model
-
-
-def table(text):
-    """[(message, command lines)] of lines "message | command line | command line …"."""
-    rows = [re.split(r" \| ?", line) for line in text.strip().split("\n")]
-    return [(message, lines) for message, *lines in rows]
-
-
 def array(seed, *shape):
     """Random uint8 of this shape."""
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
@@ -167,11 +148,14 @@ def test_parameter_count():
 
 
 @pytest.mark.parametrize("levels, side", [(1, 18), (2, 40), (3, 84), (4, 172)])
-def test_receptive_field_from_gradients(levels, side):
+def test_receptive_field_from_gradients(levels, side, monkeypatch):
     # the default number of levels leaves a part of the picture unseen
-    model, n = bare_network(1, 1, levels), 2 ** levels * (side // 2 ** levels + 3)
+    monkeypatch.setattr(nn.GroupNorm, "forward", lambda self, a: a)            # it mixes all places
+    model, n = UNet(1, 1, levels).double(), 2 ** levels * (side // 2 ** levels + 3)
+    for p in model.parameters():
+        p.data.abs_()                          # no path is cut by a ReLU
     y = torch.rand(1, 1, n, n, dtype=torch.float64, requires_grad=True)
-    a = model.double().encode(y)[0]
+    a = model.encode(y)[0]
     a[0, 0, a.shape[2] // 2, a.shape[3] // 2].backward()
     rows, columns = y.grad[0, 0].nonzero(as_tuple=True)
     assert rows.max() - rows.min() + 1 == columns.max() - columns.min() + 1 == side == receptive_field(levels)
@@ -257,25 +241,21 @@ def test_damaged_checkpoints(tmp_path, shelf, words, place, value):
 
 def test_load_checkpoint(tmp_path, shelf):
     # a whole file is refused or changed; a flipped byte loads silently; a malicious one is run
-    data, saved = (shelf / "c.pt").read_bytes(), torch.load(shelf / "c.pt", weights_only=True)
-    model, checkpoint = load_checkpoint(shelf / "c.pt")
-    assert not model.training and checkpoint["sha256"] == hashlib.sha256(data).hexdigest()
-    assert all(gap(a, b) == 0 for a, b in zip(model.state_dict().values(), saved["weights"].values()))
+    saved, at = torch.load(shelf / "c.pt", weights_only=True), lambda name: tmp_path / f"{name}.pt"
     half = {k: v.half() for k, v in saved["weights"].items()}      # shipped weights
-    torch.save({**saved, "weights": half}, tmp_path / "half.pt")
-    assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "half.pt")[0].parameters())
-    malicious = type("Malicious", (), dict(__reduce__=lambda self: (os.mkdir, (str(tmp_path / "owned"),))))
-    with pytest.MonkeyPatch.context() as patch:            # pickle must find the class
-        patch.setattr(sys.modules[__name__], "Malicious", malicious, raising=False)
-        torch.save(malicious(), tmp_path / "malicious.pt")
-    at = data.index(saved["weights"]["blocks.M.0.weight"].numpy().tobytes()[:40])
-    flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
-    for name, content in dict(cut=data[:3000], empty=b"", flipped=flipped).items():
-        (tmp_path / f"{name}.pt").write_bytes(content)
-    for name in "malicious", "cut", "empty", "flipped":
+    torch.save({**saved, "weights": half}, at("half"))
+    data = at("half").read_bytes()
+    model, checkpoint = load_checkpoint(at("half"))
+    assert not model.training and checkpoint["sha256"] == hashlib.sha256(data).hexdigest()
+    assert all(p.dtype == torch.float32 and gap(p, half[k]) == 0 for k, p in model.named_parameters())
+    torch.save(type("Malicious", (), dict(__reduce__=lambda self: (os.mkdir, (str(at("owned")),))))(), at("bad"))
+    place = data.index(half["blocks.M.0.weight"].numpy().tobytes()[:40])
+    flipped = data[:place] + bytes([data[place] ^ 1]) + data[place + 1:]
+    for name, content in dict(cut=data[:3000], empty=b"", flipped=flipped, bad=at("bad").read_bytes()).items():
+        at(name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}.pt: not a checkpoint written by train.py"):
-            load_checkpoint(tmp_path / f"{name}.pt")
-    assert not (tmp_path / "owned").exists()
+            load_checkpoint(at(name))
+    assert not at("owned").exists()
 
 
 def test_write_is_whole_or_not_at_all(tmp_path):
@@ -361,16 +341,6 @@ def blobs(n=600, d=20, K=12, seed=0):
 
 
 X = blobs(20, 3, 4).round(3)                   # the points of the command lines
-
-
-def test_kmeans_all_partitions():
-    # the best of fifty restarts is not the best of all partitions
-    for seed in range(2):
-        x, best = np.random.default_rng(seed).normal(size=(8, 2)), math.inf
-        for labels in itertools.product(range(3), repeat=7):
-            labels = np.array((0, *labels))
-            best = min(best, sum(((x[labels == k] - x[labels == k].mean(0)) ** 2).sum() for k in set(labels)))
-        assert abs(KMeans(3, n_init=50, tol=0, seed=seed).fit(x).inertia_ - best) < 1e-9
 
 
 def test_kmeans_is_plain_lloyd_step_by_step(monkeypatch):
@@ -1686,7 +1656,7 @@ def test_analyze_growth_without_classes_and_with_gaps():
 TINY = "train.py --data tiny.npy --size 8 --width 2 --device cpu --pictures 12"
 
 
-@pytest.mark.parametrize("message, lines", table(f"""
+@pytest.mark.parametrize("row", f"""\
 nowhere: no such file | train.py --data nowhere
 looked for a folder | train.py --data sub | train.py --data c.pt
 only one distinct | train.py --data single.npy --size 8
@@ -1732,10 +1702,10 @@ have changed | analyze.py moved.pt
 2 pictures are too few | analyze.py c.pt --data few
 is a file, must be a folder | analyze.py c.pt --out text.png
 networks of one kind | analyze.py c.pt low.pt
-different names | analyze.py c.pt sub/c.pt
-"""))
-def test_refused_command_lines(cli, shelf, message, lines):
+different names | analyze.py c.pt sub/c.pt""".split("\n"))
+def test_refused_command_lines(cli, shelf, row):
     # a bad flag or file gives a traceback, more than a line, runs all the same, or loses or leaves a file
+    message, *lines = row.split(" | ")
     files = lambda: {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()}
     for line in lines:
         before, (code, text) = files(), cli(line + " --device cpu" * ("--dev" not in line))
