@@ -920,16 +920,13 @@ def test_sample_guidance_step(small):
 
 
 def test_sample_memory():
-    # the memory does not solve a linear problem, or steps too far
-    class Linear:                              # φ(x) = B x
-        def encode(self, y):
-            return (y.flatten(1) @ B.T)[:, :, None, None], []
+    # the memory does not solve a linear problem, φ(x) = Bx, or steps too far
     B, x = normal(12, 48).double(), normal(4, 3, 4, 4, seed=1).double()
-    near = x + 0.01 * normal(4, 3, 4, 4, seed=2).double()
-    phi_c = near.flatten(1) @ B.T
-    count = lambda m: sample.guidance_step(Linear(), x, phi_c, 1e-8, 500, m)[1]["gradients"].max()
+    phi_c = (x + 0.01 * normal(4, 3, 4, 4, seed=2)).flatten(1) @ B.T
+    linear = SimpleNamespace(encode=lambda y: ((y.flatten(1) @ B.T)[:, :, None, None], []))
+    count = lambda m: sample.guidance_step(linear, x, phi_c, 1e-8, 500, m)[1]["gradients"].max()
     assert count(12) <= 25 < count(0)
-    far = sample.guidance_step(Linear(), x, phi_c + 1000, 0, 1)[0] - x
+    far = sample.guidance_step(linear, x, phi_c + 1000, 0, 1)[0] - x
     assert gap(far.square().mean((1, 2, 3)).sqrt(), torch.full((4,), 0.1)) < 1e-6
 
 
@@ -963,31 +960,24 @@ def test_sample_several_targets_keep_their_order():
         assert gap(found["correlation_between_samples"], correlation[[0, 0, 1], [1, 2, 2]]) < 1e-5
 
 
-class ToyDensity:
-    """u given v ~ N(v, λ), φ = mean of v; w = 0 in every picture, so that y's third channel tells σ."""
-    lam = 0.09
-
-    def encode(self, y):
-        return y[:, 1:2], []
-
-    def denoise(self, y):
-        u, v = y[:, :1], y[:, 1:2].mean((2, 3), keepdim=True)
-        sigma2 = y[:, 2:].square().mean((2, 3), keepdim=True)
-        return torch.cat([(self.lam * u + sigma2 * v) / (self.lam + sigma2), 0 * u, 0 * u], 1)
-
-
 def test_sample_conditional_distance():
     # Eq. 4 is not the symmetrised KL divergence: here ‖v₁ − v₂‖²/λ, in closed form
-    model, (x1, x2) = ToyDensity(), torch.zeros(2, 3, 48, 48)
+    lam, (x1, x2) = 0.09, torch.zeros(2, 3, 48, 48)
     x2[1] = 0.7
-    sigmas, of = np.geomspace(0.01, 20, 20), lambda sigmas, phi_draws, seed: sample.conditional_distance(
+
+    def denoise(y):                            # u given v ~ N(v, λ); w = 0 in every picture: it tells σ
+        u, v = y[:, :1], y[:, 1:2].mean((2, 3), keepdim=True)
+        sigma2 = y[:, 2:].square().mean((2, 3), keepdim=True)
+        return torch.cat([(lam * u + sigma2 * v) / (lam + sigma2), 0 * u, 0 * u], 1)
+    model = SimpleNamespace(denoise=denoise, encode=lambda y: (y[:, 1:2], []))             # φ: the mean of v
+    of = lambda sigmas, phi_draws, seed: sample.conditional_distance(
         model, x1, x2, sigmas, 8, phi_draws, torch.Generator().manual_seed(seed), 1e-10)
+    sigmas, f = np.geomspace(0.01, 20, 20), 48 * 48 * 0.49
     value, error, integrand, matched = of(sigmas, 4, 0)
-    f = 48 * 48 * 0.49
-    exact = 2 * f * sigmas / (model.lam + sigmas ** 2) ** 2
+    exact = 2 * f * sigmas / (lam + sigmas ** 2) ** 2
     assert max(abs(integrand.numpy() / exact - 1)[sigmas < 0.5]) < 0.1
     assert 0.8 < matched.min() <= matched[-1] == 1
-    assert abs(value * model.lam / f - 1) < 0.05 and 0 < error < 0.05 * value
+    assert abs(value * lam / f - 1) < 0.05 and 0 < error < 0.05 * value
     some = [of([0.2, 0.4], 100, k) for k in range(6)]      # the error is the spread of the value over seeds
     assert 0.5 < np.mean([s[1] for s in some]) / np.std([s[0] for s in some]) < 2.5
 
@@ -1252,30 +1242,25 @@ def test_analyze_sparsity_of_a_hand_set_network(tmp_path):
     assert verdicts(analyze.sparsity(study)) == "ffff"
 
 
-class Powers:
-    """A network whose ā_M is (1, own · mean y, 0.3 mean y²): of y = x + σz, mean y² is σ² + mean x²."""
-
-    def __init__(self, own=30):
-        self.own = own
-
-    def activations(self, y):
-        power, mean = y.square().mean((1, 2, 3)), y.mean((1, 2, 3))
-        M, other = [torch.ones_like(power), self.own * mean, 0.3 * power], [1 + power, power ** 4]
-        return {b: 2 * (torch.stack(v, 1),) for b, v in (("E1", other), ("M", M), ("D1", [power]))}
-
-
 def test_analyze_stability(tmp_path):
     # M's lead has the wrong sign, a constant counts as stable, or σ beyond training is used
+    def powers(own):                           # ā_M: 1, own · mean y, 0.3 mean y² (σ² + mean x²)
+        def activations(y):
+            power, mean = y.square().mean((1, 2, 3)), y.mean((1, 2, 3))
+            M, other = [torch.ones_like(power), own * mean, 0.3 * power], [1 + power, power ** 4]
+            return {b: 2 * (torch.stack(v, 1),) for b, v in (("E1", other), ("M", M), ("D1", [power]))}
+        return SimpleNamespace(activations=activations)
+
     black, gray = np.zeros((40, 32, 32, 1), np.uint8), np.linspace(0, 120, 40).astype(np.uint8)
     gray = np.broadcast_to(gray[:, None, None, None], black.shape)
-    of = lambda x, **own: study_of(tmp_path, normal(40, 3).abs(), x=x, draws=10, model=Powers(**own))
-    out = analyze.stability(of(black, own=0))  # black pictures: ā_M is (1, 0, 0.3 σ²), the same for all
+    of = lambda x, own: study_of(tmp_path, normal(40, 3).abs(), x=x, draws=10, model=powers(own))
+    out = analyze.stability(of(black, 0))      # black pictures: ā_M is (1, 0, 0.3 σ²), the same for all
     cosine = [(1 + 0.09 * 0.25 * s * s) / math.sqrt((1 + 0.09 / 16) * (1 + 0.09 * s ** 4))
               for s in out["sigma_2"]]
     assert gap(out["mean"]["M"], cosine) < 0.005 and max(out["sigma_2"]) == 1 and min(out["sigma_2"]) == 0
     assert out["next_best"] == "E1" and out["lead"][0] > 0.01 and "D1" not in out["mean"]
     assert abs(out["apart"][0]) < 0.01 and verdicts(out) == "ff"   # stable, but a constant
-    study = of(gray)
+    study = of(gray, 30)
     assert verdicts(analyze.stability(study))[0] == "h"
     study.untrained, study.averages = [0], study.averages + study.averages[:1] * 3
     assert verdicts(analyze.stability(study))[0] == "f"            # the untrained network is as stable
@@ -1303,26 +1288,19 @@ def test_analyze_bimodality(tmp_path, two, verdict):
     assert verdicts(analyze.selectivity(study)) == verdict
 
 
-def groups_of_three(n=120, d=12):
-    """φ on a union of three subspaces of two dimensions each, and the class of each row."""
-    labels = np.arange(n) % 3
-    code = torch.zeros(n, d)
-    for c in range(3):
-        code[labels == c, 2 * c:2 * c + 2] = 0.5 + normal((labels == c).sum(), 2, seed=c).abs()
-    return code + 0.01 * normal(n, d, seed=9).abs(), labels
-
-
 def test_analyze_neighbours(tmp_path):
     # the lead of φ over pixels, or nulls, has the wrong sign; subspaces are found in anything
-    code, labels = groups_of_three()
-    out = analyze.neighbours(study_of(tmp_path, code, labels=labels, nulls=random_codes()))
+    labels, code = np.arange(120) % 3, 0.01 * normal(120, 12, seed=9).abs()
+    for c in range(3):                         # a union of three subspaces of two dimensions each
+        code[c::3, 2 * c:2 * c + 2] += 0.5 + normal(40, 2, seed=c).abs()
+    of = lambda nulls, labels=None: analyze.neighbours(study_of(tmp_path, code, labels=labels, nulls=nulls))
+    out = of(random_codes(), labels)
     assert out["agreement"]["φ"][0] == 1 and out["chance"] == pytest.approx(39 / 119)
     for space in "pixels", "pixels less their mean colour":
         assert abs(out["agreement"][space][0] - 1 / 3) < 0.12
     assert out["subspace_gap"].mean() > 0.8 and verdicts(out) == "hhh"
-    same = analyze.neighbours(study_of(tmp_path, code, labels=labels, nulls=[{0.3: code}] * 3))
-    assert verdicts(same) == "fff"             # the untrained network does as well
-    bare = analyze.neighbours(study_of(tmp_path, code, nulls=random_codes()))
+    assert verdicts(of([{0.3: code}] * 3, labels)) == "fff"        # the untrained network does as well
+    bare = of(random_codes())
     assert verdicts(bare) == "nnh" and "no class labels" in bare["claims"][0]["rule"]
 
 
@@ -1739,26 +1717,19 @@ def test_disc_tangents():
     assert gap(x, train.draw_disc(16, *place)) < 1e-6
 
 
-class Copier:
-    """A network that has memorised: it answers with the nearest of its training pictures."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def denoise(self, y):
-        return self.x[torch.cdist(y.flatten(1), self.x.flatten(1)).argmin(1)]
-
-    def score(self, y):
-        return self.denoise(y) - y
+def copier(x):
+    """A network that has memorised: it answers with the nearest of its training pictures x."""
+    denoise = lambda y: x[torch.cdist(y.flatten(1), x.flatten(1)).argmin(1)]
+    return SimpleNamespace(denoise=denoise, score=lambda y: denoise(y) - y)
 
 
 def test_generalisation_of_copies_and_of_networks_that_agree(tmp_path, monkeypatch):
     # copies are not seen to be copies, or two networks that draw the same new pictures pass for copies
     monkeypatch.setattr(analyze, "phi", lambda model, x, *rest: x.flatten(1))
     x = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    held, new = train.to_uint8(x[70:].permute(0, 2, 3, 1).numpy()), Copier(x[70:])
+    held, new = train.to_uint8(x[70:].permute(0, 2, 3, 1).numpy()), copier(x[70:])
     study = analyze.Study(new, dict(sigma_max=1.0, mean=[0.5]), held, out=str(tmp_path))
-    copies = [[(Copier(a), a), (Copier(b), b)] for a, b in ((x[:1], x[1:2]), (x[2:7], x[7:10]))]
+    copies = [[(copier(a), a), (copier(b), b)] for a, b in ((x[:1], x[1:2]), (x[2:7], x[7:10]))]
     found = analyze.generalisation(study, copies)
     one = found["pairs"][0]["psnr"]
     assert gap(one["training"], one["exact, training"]) < 1e-3
