@@ -82,7 +82,8 @@ def shelf(tmp_path_factory):
     w = good["weights"]
     (at / "sub").mkdir()
     for name, changes in {
-            "b": dict(weights=UNet(4, 3, 1).state_dict(), flags={**flags, "seed": 1}), "sub/c": {},
+            "b": dict(weights=UNet(4, 3, 1).state_dict(), flags={**flags, "seed": 1},
+                      training={**good["training"], "pictures_seen": 99}), "sub/c": {},
             "low": dict(sigma_max=0.01, flags={**flags, "sigma_max": 0.01}), "moved": dict(fingerprint="0"),
             "nan": dict(weights={**w, "blocks.M.0.bias": w["blocks.M.0.bias"] * math.nan}),
             "huge": dict(weights={k: v * 1e30 for k, v in w.items()})}.items():
@@ -323,7 +324,7 @@ def test_kmeans_is_plain_lloyd_step_by_step(monkeypatch):
     # a skipped distance, a chunk's edge or a running sum changes a label, a centre or the inertia
     for K, d in ((40, 20), (7, 3)):
         x = blobs(d=d)
-        init, before = x[np.random.default_rng(1).permutation(len(x))[:K]], math.inf
+        init = x[np.random.default_rng(1).permutation(len(x))[:K]]
         for steps, (labels, centers, inertia) in enumerate(plain_lloyd(x, init, 9), 1):
             for rows in (20, 10 ** 6, *[1] * (steps == 3)):
                 monkeypatch.setattr(kmeans, "chunk_rows", lambda x, width: rows)
@@ -331,8 +332,6 @@ def test_kmeans_is_plain_lloyd_step_by_step(monkeypatch):
                 assert (model.labels_ == labels).all() and model.n_iter_ <= steps
                 assert abs(model.cluster_centers_ - centers).max() < 1e-12
                 assert abs(model.inertia_ - inertia) < 1e-9 * inertia
-            assert inertia <= before + 1e-9
-            before = inertia
 
 
 def test_kmeans_seeding_is_greedy_kmeans_plus_plus(monkeypatch):
@@ -368,9 +367,8 @@ def test_kmeans_keeps_the_best_restart_and_stops_as_promised():
 
 def test_kmeans_far_from_the_origin():
     # float32 takes near points for one where ‖x‖ is large
-    blob = np.repeat(np.repeat([-3000.0, 3000], 50)[:, None], 2, 1)
-    blob[:, 0] += np.tile(5.0 * np.arange(50), 2)
-    x = (np.repeat(blob, 20, 0) + 0.1 * np.random.default_rng(0).normal(size=(2000, 2))).astype(np.float32)
+    places = np.array([[at + 5 * i, at] for at in (-3000.0, 3000) for i in range(50)])
+    x = (np.repeat(places, 20, 0) + 0.1 * np.random.default_rng(0).normal(size=(2000, 2))).astype(np.float32)
     exact = ((x.astype(float) - x.reshape(100, 20, 2).astype(float).mean(1).repeat(20, 0)) ** 2).sum()
     assert KMeans(100, n_init=2).fit(x).inertia_ == pytest.approx(exact, rel=1e-9)
 
@@ -595,9 +593,9 @@ FLAGS = dict(train.COMMON, size=8, width=2, levels=1, channels=1, batch=7)
 
 
 def weights(path):
-    """The weights in a checkpoint and Adam's second moments, one vector."""
+    """The weights in a checkpoint and the roots of Adam's second moments, one vector."""
     saved = torch.load(path, weights_only=True)
-    moments = [s["exp_avg_sq"] for s in saved["optimizer"]["state"].values()]
+    moments = [s["exp_avg_sq"].sqrt() for s in saved["optimizer"]["state"].values()]
     return torch.cat([v.flatten() for v in [*saved["weights"].values(), *moments]])
 
 
@@ -643,8 +641,7 @@ def test_torchrun_gives_the_same_weights(shelf, whole, tmp_path):
     code, err = python("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                        *f"{RUN} --data {shelf}/tiny.npy --out {tmp_path}/two.pt".split())
     assert code == 0, err
-    a, b = (load_checkpoint(path)[1]["weights"] for path in (whole, tmp_path / "two.pt"))
-    assert max(gap(a[k], b[k]) for k in a) < 1e-5
+    assert gap(weights(whole), weights(tmp_path / "two.pt")) < 1e-5
 
 
 def test_checkpoint_holds_what_it_says(shelf, tmp_path):
@@ -841,9 +838,7 @@ def test_calpha_regularity():
 
 # sample.py
 
-def generators(n, seed=0):
-    """One generator a sample."""
-    return [train.seeded("cpu", seed, i) for i in range(n)]
+generators = lambda n: [train.seeded("cpu", 0, i) for i in range(n)]           # one a sample
 
 
 class GaussianModel:
@@ -1032,8 +1027,7 @@ def test_sample_odd_but_good(record, words, panels, steps, monkeypatch):
 def test_sample_record(shelf, record, tmp_path):
     # numbers in the .json, or the pictures saved singly, are not those of the run
     words = f"{shelf}/dark.png light.png --sigma-min 0.1 {FAST}"
-    found, text = record(f"{words} --save-each {tmp_path}/each")
-    assert "\ndark.png: φ-distance" in "\n" + text                 # the name without its folder
+    found = record(f"{words} --save-each {tmp_path}/each")[0]
     assert found["sigmas"] == pytest.approx([1, 0.55, 0.1])
     assert [level["sigma"] for level in found["levels"]] == found["sigmas"][:-1]
     assert [p["target"] for p in found["panels"]] == [f"{shelf}/dark.png", "light.png"]
@@ -1103,11 +1097,10 @@ def test_sample_held_out_and_tiles(shelf, cli, tmp_path, monkeypatch):
 
 # analyze.py: measures and verdicts
 
-def study_of(out, codes=None, n=8, labels=None, nulls=(), model=None, x=None, **options):
+def study_of(out, codes, labels=None, nulls=(), model=None, x=None, **options):
     """A Study of n random 8×8 pictures, φ `codes` ({σ: (n, d)} or (n, d)), whose M counts as in use."""
-    codes = codes if isinstance(codes, dict) else {} if codes is None else {0.3: codes}
-    n = len(next(iter(codes.values()), np.zeros(n)))
-    x = np.random.default_rng(5).integers(0, 256, (n, 8, 8, 1), np.uint8) if x is None else x
+    codes = codes if isinstance(codes, dict) else {0.3: codes}
+    x = array(5, len(codes[0.3]), 8, 8, 1) if x is None else x
     checkpoint = dict(size=8, sigma_max=1.0, mean=[0.5], model=dict(width=2, channels=1, levels=1),
                       flags=dict(patches=False))
     study = analyze.Study(model, checkpoint, x, labels, codes, untrained_phi=nulls, out=str(out), **options)
@@ -1120,9 +1113,9 @@ def verdicts(numbers):
     return "".join(c["verdict"][0] for c in numbers["claims"])
 
 
-def random_codes(n=120, d=12, seeds=(1, 2, 3)):
+def random_codes(n=120, d=12):
     """Three {σ: φ} without any structure."""
-    return [{s: normal(n, d, seed=100 * k + round(10 * s)).abs() for s in (0.3, 0.1)} for k in seeds]
+    return [{s: normal(n, d, seed=100 * k + round(10 * s)).abs() for s in (0.3, 0.1)} for k in (1, 2, 3)]
 
 
 @pytest.fixture
@@ -1508,15 +1501,18 @@ def test_analyze_command_line(cli, tmp_path, monkeypatch, quick):
 
 
 def test_analyze_several_networks_and_corners(cli, tmp_path, quick):
-    # mean and spread over networks are of other claims, or replace another summary; a small σ_max or no
-    # classes crash it
+    # mean and spread over networks are of other claims, or replace another summary; a small σ_max, no classes
+    # or an analysis that was left out crash it
     read = lambda name: json.loads((tmp_path / name).read_text())
-    code, text = cli(f"analyze.py c.pt b.pt {STUDY} --out {tmp_path} --only sparsity denoising")
-    assert code == 0 and "2 networks: c, b" in text and "not comparable in 2" in text
-    values = [read(f"{v}/results.json")["analyses"]["sparsity"]["claims"][0]["value"] for v in "cb"]
-    row = read("networks.json")["claims"][0]
-    assert row["value"] == pytest.approx(np.mean(values), rel=1e-4)
-    assert row["error"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+    code, text = cli(f"analyze.py c.pt b.pt {STUDY} --out {tmp_path} --data data/a "
+                     "--only sparsity selectivity neighbours")
+    assert code == 0 and "2 networks: c, b" in text and (tmp_path / "emergence.png").exists()
+    results, row = [read(f"{v}/results.json") for v in "cb"], read("networks.json")["claims"][0]
+    values = [v["analyses"]["sparsity"]["claims"][0]["value"] for v in results]
+    assert [row["value"], row["error"]] == pytest.approx([np.mean(values), np.std(values, ddof=1)], rel=1e-4)
+    assert row["verdict"] == "not comparable in 2"
+    results[0]["analyses"]["selectivity"] = dict(skipped="alike")
+    assert analyze.draw_emergence(results) is None and analyze.draw_emergence(results[1:] * 2) is None
     assert "networks.json exists: --force" in cli(f"analyze.py b.pt c.pt {STUDY} --out {tmp_path}")[1]
     code, text = cli(f"analyze.py low.pt {STUDY} --out {tmp_path}/low --sigma 0.005 --data data/a "
                      "--pictures data/a/00.png --clusters 39 --only attributes stability clusters denoising")
@@ -1538,22 +1534,6 @@ def test_analyze_structureless_phi_through_the_whole_pipeline(shelf, flags, monk
     claims = [c for name in on_phi
               for c in analyze.ANALYSES[name](study).get("claims", [])]
     assert claims and not [c["claim"] for c in claims if c["on_phi"] and c["verdict"] == "holds"]
-
-
-def test_analyze_growth_without_classes_and_with_gaps():
-    # pictures without classes, or an analysis that was left out, stop the figure after all the work
-    def results(seen, agreement, **more):
-        numbers = dict(sparsity=dict(pr_input=dict(M=[0.5, 0.7]), pr_output=dict(M=[0.2, 0.4])),
-                       selectivity=dict(pr=[0.1, 0.5, None]),
-                       neighbours=dict(agreement={k: [agreement, None] for k in (
-                           "φ", "pixels", analyze.LESS_COLOUR)}))
-        return dict(training=dict(pictures_seen=seen), analyses={**numbers, **more},
-                    alive=dict(use={"0.5": 1.0}, untrained=[agreement] * 3))
-
-    whole, bare = ([results(n, v) for n in (100, 200)] for v in (0.5, None))
-    assert analyze.draw_emergence(whole).height == analyze.draw_emergence(bare).height > 1000
-    assert analyze.draw_emergence([whole[0], results(200, 0.5, selectivity=dict(skipped="alike"))]) is None
-    assert analyze.draw_emergence([whole[0], whole[0]]) is None
 
 
 # All scripts: what cannot run
