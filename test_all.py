@@ -511,6 +511,11 @@ def test_the_start_of_the_network(small):
     nn.init.normal_(small.blocks["D1"][-1].weight)
     assert gap(small.decode(maps, skips), small.decode(maps, [0 * s for s in skips])) == 0
     assert gap(small.decode(maps, skips), small.decode(0 * maps, skips)) > 0.01
+    closed = lambda fraction: train.Run.skips_closed(
+        SimpleNamespace(model=small, fraction=lambda: fraction, epochs=None))
+    assert closed(0.05) and not closed(0.15)
+    small.blocks["D1"][0].weight.data += 1     # once open, they stay so
+    assert not closed(0.05)
 
 
 def test_training_step_by_hand(small):
@@ -661,7 +666,7 @@ def test_checkpoint_holds_what_it_says(shelf, tmp_path):
     line = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])
     assert line["use"]["0.5"] == found["use"][0.5] and line["cosine"] == found["cosine"]
     first = model.blocks["M"][1].weight        # the data-dependent pass was made: 1 is PyTorch's own start
-    assert (first - 1).abs().max() > 0.05
+    assert (first - 1).abs().max() > 0.05 and train.skip_weights(model)[0].any()           # skips have opened
 
 
 def test_minutes_and_lengthening(shelf, tmp_path):
@@ -1683,6 +1688,22 @@ def test_slope_and_psnr_curve():
     assert abs(analyze.slope(constant)) < 1e-6 and constant[0] == pytest.approx(10 * math.log10(12), abs=0.1)
     assert gap(analyze.psnr_curve(lambda y, sigma: x[:len(y)], x, [0.1]), 100) == 0
     assert gap(analyze.slope(np.array([0.5 * curve, 2 + curve])), [0.5, 1]) < 0.01
+
+
+def test_regularity(tmp_path):
+    # the optimum is not A/(A + 1), or the order of the slopes is another one
+    x, found = array(5, 40, 8, 8, 1), []
+    for alpha, kept in (1, 0), (2, 0.6), (5, 1):           # denoisers of slope 0, between, and 1
+        model = SimpleNamespace(channels=1, denoise=lambda y: 0.5 + kept * (y - 0.5))
+        checkpoint = dict(sigma_max=1.0, flags=dict(data=f"calpha:{alpha}"))
+        study = analyze.Study(model, checkpoint, x, training=x, held_out=x, out=tmp_path)
+        found.append(analyze.regularity(study))
+    assert [v["optimum"] for v in found] == pytest.approx([1 / 2, 2 / 3, 5 / 6])
+    assert [v["slope"][0] for v in found[::2]] == pytest.approx([0, 1], abs=0.01)
+    order = lambda: analyze.compare_regularity(tmp_path, [dict(analyses=dict(regularity=v)) for v in found])
+    assert order()["verdict"] == "holds" and verdicts(found[0]) == verdicts(found[2]) == "f"
+    found[0]["slope"], found[2]["slope"] = found[2]["slope"], found[0]["slope"]
+    assert order()["verdict"] == "fails"
 
 
 def test_disc_tangents():
