@@ -1431,7 +1431,8 @@ def claim_on_slopes(found):
     each = ", ".join(f"{a:.2f} (optimum {b:.2f}, Wiener {c:.2f})" for a, b, c in zip(here, best, linear))
     order = rank_correlation(np.array(best), np.array(here)), 0.0
     return claim("slopes rise with the regularity of the pictures", "paper B, Fig. 4, 5", "in order", order,
-                 "kinds of pictures", {}, own=(np.diff(here) > 0).all(), rule=f"rank correlation, of three kinds or more; {each}")
+                 "kinds of pictures", {}, own=(np.diff(here) > 0).all(),
+                 rule=f"rank correlation, of three kinds or more; {each}")
 
 
 REGULARITY = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity; slopes of these curves against "

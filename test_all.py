@@ -1700,7 +1700,7 @@ def test_regularity(tmp_path):
         found.append(analyze.regularity(study))
     assert [v["optimum"] for v in found] == pytest.approx([1 / 2, 2 / 3, 5 / 6])
     assert [v["slope"][0] for v in found[::2]] == pytest.approx([0, 1], abs=0.01)
-    order = lambda: analyze.compare_regularity(tmp_path, [dict(analyses=dict(regularity=v)) for v in found])
+    order = lambda: analyze.claim_on_slopes(found)
     assert order()["verdict"] == "holds" and verdicts(found[0]) == verdicts(found[2]) == "f"
     found[0]["slope"], found[2]["slope"] = found[2]["slope"], found[0]["slope"]
     assert order()["verdict"] == "fails"
