@@ -411,9 +411,9 @@ def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32", sigmas=
     """
     psnr = {}
     for sigma in [s for s in sigmas if s <= sigma_max] or [sigma_max]:
-        generator, error = seeded(x.device, 3, round(1000 * sigma)), 0.0
-        for clean in x.tensor_split(math.ceil(len(x) / max(2, micro_batch))):
-            y = clean + sigma * torch.randn(clean.shape, generator=generator, device=x.device)
+        z = torch.randn(x.shape, generator=seeded(x.device, 3, round(1000 * sigma)), device=x.device)
+        error, parts = 0.0, math.ceil(len(x) / max(2, micro_batch))
+        for clean, y in zip(x.tensor_split(parts), (x + sigma * z).tensor_split(parts)):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 maps, skips = model.encode(y)
                 x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
