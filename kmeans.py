@@ -28,12 +28,8 @@ class KMeans:
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
                  progress=lambda *_: None):
-        for name, value, least in (("n_clusters", n_clusters, 1), ("n_init", n_init, 1),
-                                   ("max_iter", max_iter, 1), ("tol", tol, 0)):
-            if not value >= least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if isinstance(init, str) and init != "k-means++":
-            raise ValueError(f'init is "{init}"; it must be "k-means++" or an array (n_clusters, d)')
+        if min(n_clusters, n_init, max_iter) < 1:
+            raise ValueError("n_clusters, n_init and max_iter must be at least 1")
         self.n_clusters, self.init, self.n_init, self.max_iter = n_clusters, init, n_init, max_iter
         self.tol, self.seed, self.device, self.progress = tol, seed, device, progress
 
@@ -52,62 +48,56 @@ class KMeans:
         total = self._fit(x)
         if x.dtype == torch.float32 and 0 < self.inertia_ < 1e4 * torch.finfo(x.dtype).eps * total:
             self._fit(x.double())
-        found = len(self._labels.unique())
-        if found < K:
+        self.cluster_centers_, self.labels_ = given(self.cluster_centers_.to(x.dtype)), given(self.labels_)
+        if (found := len(np.unique(self.labels_))) < K:
             ended = self.n_iter_ < self.max_iter
             why = "fewer distinct points than clusters" if ended else "max_iter too small"
             warnings.warn(f"{found} clusters have points, {K} were asked for: {why}")
-        self.cluster_centers_ = given((self._centers + self._origin).to(x.dtype))
-        self.labels_ = given(self._labels)
         return self
 
     def _fit(self, x):
         """The best of all restarts on x (n, d), in x's precision; returns Σ‖x − mean‖²."""
-        self._origin = x.mean(0)               # ‖x‖² − 2x·c + ‖c‖² cancels least around the mean
-        x, K = x - self._origin, self.n_clusters
+        origin = x.mean(0)                     # ‖x‖² − 2x·c + ‖c‖² cancels least around the mean
+        x, K = x - origin, self.n_clusters
         total, self.inertia_ = float(squares(x).sum(dtype=torch.float64)), math.inf
-        if not math.isfinite(total):
-            row = int(x.abs().amax(1).argmax())
-            raise ValueError(f"row {row} is so large that its square overflows; scale x down")
-        if isinstance(self.init, str):
+        if isinstance(self.init, str) and self.init == "k-means++":
             starts = seed_centers(x, K, self.n_init, self.seed)
         else:
             init = as_points(self.init, x.device, "init").to(x.dtype)
             if init.shape != (K, x.shape[1]):
                 raise ValueError(f"init has shape {tuple(init.shape)}; it must be ({K}, {x.shape[1]})")
-            starts = [init - self._origin]
+            starts = [init - origin]
         for restart, centers in enumerate(starts):
             centers, labels, n_iter = lloyd(x, centers, self.max_iter, self.tol * total / x.numel(),
                                             lambda *state: self.progress(restart, *state))
             inertia = float(own_distances(x, centers, labels).sum(dtype=torch.float64))
             if inertia < self.inertia_:
-                self._centers, self._labels, self.inertia_, self.n_iter_ = centers, labels, inertia, n_iter
+                self.cluster_centers_, self.labels_ = centers + origin, labels
+                self.inertia_, self.n_iter_ = inertia, n_iter
         return total
 
 
 # Lloyd's algorithm
 
-def lloyd(x, centers, max_iter, tol, progress=lambda *_: None):
-    """Lloyd's algorithm (1982) from `centers` (K, d) on x (n, d) -> centres, labels (n,), iterations.
+def lloyd(x, c, max_iter, tol, progress=lambda *_: None):
+    """Lloyd's algorithm (1982) from centres c (K, d) on x (n, d) -> centres, labels (n,), iterations.
 
     It ends when no label changes, when the centres' total squared movement is at most tol, or after max_iter
     iterations. progress: called as progress(iteration, labels changed).
     """
-    K, c, assign = len(centers), centers, NearestCenters(x, len(centers))
+    K, assign = len(c), NearestCenters(x, len(c))
     labels = merge_repeats(c, assign(c))
     sums = torch.zeros(K + 1, x.shape[1], dtype=torch.float64, device=x.device)
     summed = torch.full_like(labels, K)        # where each point is summed; row K: nowhere yet
     for n_iter in range(1, max_iter + 1):
-        full = fill_empty(x, c, labels)
-        counts, moved = update_sums(sums, x, summed, labels)
-        means = (sums[moved] / counts[moved, None]).to(x.dtype)
+        fill_empty(x, c, labels)
+        means, moved = update_means(sums, x, summed, labels)
         c, before = c.index_copy(0, moved, means), c
-        summed.copy_(labels)
         labels = assign(c, moved)              # the nearest centre, skipping distances that cannot matter
         changed = int((labels != summed).sum())
         progress(n_iter, changed)
         settled = float((c - before).square().sum()) <= tol
-        if not changed or settled and not (full and (labels.bincount(minlength=K) == 0).any()):
+        if not changed or settled and labels.bincount(minlength=K).all():
             break
     return c, labels, n_iter
 
@@ -122,33 +112,30 @@ class NearestCenters:
     """
 
     def __init__(self, x, K):
-        self.x, self.rows = x, min(len(x), chunk_rows(x, 2 * K))
+        self.x, self.chunks = x, chunks(x, 2 * K)
         self.labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self.own, self.low = x.new_empty(len(x)), x.new_empty(len(x))
+        self.own, self.low = x.new_empty(2, len(x))
 
     def __call__(self, c, moved=None):
         """The labels (n,), in place, now that the centres `moved` (k,) of c (K, d) have moved; None: all."""
-        chunks = [slice(a, a + self.rows) for a in range(0, len(self.x), self.rows)]
-        if moved is not None and len(moved) <= 0.7 * len(c):       # else bounds decide little
-            gone = torch.zeros(len(c), dtype=torch.bool, device=c.device).index_fill_(0, moved, True)
-            self.own[gone[self.labels]], some = math.inf, c[moved]
-            left = [self.compare(i, some, moved) + i.start for i in chunks if len(moved)]
-            chunks = torch.cat(left).split(self.rows) if left else []
-        for i in chunks:
-            self.search(i, c)
+        every = torch.arange(len(c), device=c.device)
+        if moved is None or len(moved) > 0.7 * len(c):                         # then bounds decide little
+            moved = every
+            self.low.fill_(math.inf)
+        gone = torch.zeros_like(every, dtype=torch.bool).index_fill_(0, moved, True)
+        self.own[gone[self.labels]] = math.inf
+        for i in self.chunks if len(moved) else []:
+            unsure = i.start + self.compare(i, c, moved)
+            self.own[unsure] = self.low[unsure] = math.inf
+            self.compare(unsure, c, every)
         return self.labels
 
-    def search(self, i, c):
-        """`labels`, `own` and `low` of rows i, from the distances to all centres."""
-        self.own[i] = self.low[i] = math.inf
-        self.compare(i, c, torch.arange(len(c), device=c.device))
-
     def compare(self, i, c, moved):
-        """As `search`, from the moved centres c (k, d) alone, `own` being ∞ where it was one of them.
+        """`labels`, `own` and `low` of rows i, where own is ∞ if their centre is one of `moved` (k,).
 
-        Returns the places in i that this cannot decide.
+        Returns the places in i that `moved` cannot decide.
         """
-        own, low = self.own[i], self.low[i]
+        own, low, c = self.own[i], self.low[i], c[moved]
         d2 = torch.addmm((c * c).sum(1), self.x[i], c.T, alpha=-2)             # (m, k)
         near, k = d2.min(1)
         second = d2.scatter_(1, k[:, None], math.inf).amin(1)
@@ -160,18 +147,19 @@ class NearestCenters:
         return unsure
 
 
-def update_sums(sums, x, summed, labels):
-    """Sums (K + 1, d) of each cluster's points, in place -> counts (K + 1,), indices of those that changed.
+def update_means(sums, x, summed, labels):
+    """Means (k, d) and indices (k,) of the clusters that changed; sums (K + 1, d) and summed (n,) in place.
 
     Only the points that change clusters are touched; float64 forgets nothing that matters on the way.
     """
-    counts = labels.bincount(minlength=len(sums))
-    touched = torch.zeros_like(counts, dtype=torch.bool)
-    for i in (labels != summed).nonzero()[:, 0].split(1024):
+    counts, changed = labels.bincount(minlength=len(sums)), (labels != summed).nonzero()[:, 0]
+    moved = torch.cat([labels[changed], summed[changed]]).unique()
+    moved = moved[counts[moved] > 0]
+    for i in changed.split(1024):
         y = x[i].double()
         sums.index_add_(0, labels[i], y).index_add_(0, summed[i], y, alpha=-1)
-        touched[labels[i]] = touched[summed[i]] = True
-    return counts, (touched & (counts > 0)).nonzero()[:, 0]
+    summed.copy_(labels)
+    return (sums[moved] / counts[moved, None]).to(x.dtype), moved
 
 
 def merge_repeats(c, labels):
@@ -181,31 +169,26 @@ def merge_repeats(c, labels):
 
 
 def fill_empty(x, c, labels):
-    """Give each empty cluster the point farthest from its centre, in place; False if none is left to give."""
+    """Give each empty cluster the point farthest from its centre, in place, while there is one to give."""
     counts = labels.bincount(minlength=len(c))
-    if counts.all():
-        return True
+    empty = (counts == 0).nonzero()[:, 0].tolist()
+    if not empty:
+        return
     distance = own_distances(x, c, labels)
     distance[distance <= 8 * torch.finfo(x.dtype).eps * squares(x)] = 0        # rounding: at its centre
-    empty = (counts == 0).nonzero()[:, 0].tolist()
-    while empty:
-        free = distance.masked_fill(counts[labels] < 2, 0)
-        i = int(free.argmax())
-        if not free[i]:
-            return False
+    while empty and distance.any():
+        i = distance.argmax()
         copies = torch.cat([(part == x[i]).all(1) for part in x.split(4096)])
         distance[copies] = 0                   # they go together: two clusters at one point would never part
         copies &= labels == labels[i]
         if copies.sum() < counts[labels[i]]:   # else they are all there is in their cluster
             labels[copies] = empty.pop(0)
             counts = labels.bincount(minlength=len(c))
-    return True
 
 
 def own_distances(x, c, labels):
     """Squared distance of every point to its own centre, (n,), from differences: no cancellation."""
-    rows = chunk_rows(x, x.shape[1])
-    return torch.cat([squares(c[own] - part) for part, own in zip(x.split(rows), labels.split(rows))])
+    return torch.cat([squares(c[labels[i]] - x[i]) for i in chunks(x, x.shape[1])])
 
 
 def squares(x):
@@ -223,8 +206,7 @@ def seed_centers(x, K, restarts, seed):
     restart. Random numbers come from the CPU: all devices draw the same.
     """
     n, L, xx, eps = len(x), 2 + int(math.log(K)), squares(x), torch.finfo(x.dtype).eps
-    generator, rows = torch.Generator().manual_seed(seed), chunk_rows(x, 2 * restarts * L)
-    chunks = [slice(a, a + rows) for a in range(0, n, rows)]
+    generator, parts = torch.Generator().manual_seed(seed), chunks(x, 2 * restarts * L)
 
     def distances(to, i):                      # squared, of the points `to` and rows i: (len(to), m)
         size = xx[to, None] + xx[i]
@@ -234,13 +216,13 @@ def seed_centers(x, K, restarts, seed):
     chosen = [torch.randint(n, (restarts,), generator=generator).to(x.device)]
     nearest = x.new_full((restarts, n), math.inf)          # D²
     while len(chosen) < K:
-        for i in chunks:
+        for i in parts:
             torch.minimum(nearest[:, i], distances(chosen[-1], i), out=nearest[:, i])
         mass = nearest.cumsum(1, dtype=torch.float64)
         u = torch.rand(restarts, L, generator=generator, dtype=torch.float64).to(x.device)
         candidates = torch.searchsorted(mass, (1 - u) * mass[:, -1:]).clamp_(max=n - 1)
         potential = sum(torch.minimum(distances(candidates.flatten(), i).view(restarts, L, -1),
-                                      nearest[:, None, i]).sum(2, dtype=torch.float64) for i in chunks)
+                                      nearest[:, None, i]).sum(2, dtype=torch.float64) for i in parts)
         chosen.append(candidates.gather(1, potential.argmin(1, keepdim=True))[:, 0])
     return x[torch.stack(chosen, 1)]
 
@@ -252,19 +234,20 @@ def as_points(x, device=None, name="x"):
         if x.dtype.kind not in "biuf":
             raise ValueError(f"{name} holds {x.dtype}, not real numbers")
         x = torch.from_numpy(np.require(x, np.float32 if np.can_cast(x.dtype, np.float32) else float, "CW"))
-    if x.ndim != 2 or not x.numel() or x.is_complex():
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (points, dimensions), real")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (points, dimensions)")
     x = x.to("cpu" if str(device or x.device).startswith("mps") else device)
     x = x.to(torch.float64 if x.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32)
-    bad = (~x.isfinite()).any(1).nonzero()
+    bad = (~squares(x).isfinite()).nonzero()
     if len(bad):
-        raise ValueError(f"{name} has NaN or infinite values, first in row {int(bad[0])}")
+        raise ValueError(f"{name} has NaN or infinite values, first in row {int(bad[0])}, or too large to square")
     return x
 
 
-def chunk_rows(x, width):
-    """How many rows of x, with `width` numbers beside each, fill a CPU's caches (2²⁴ bytes; a GPU: 2²⁸)."""
-    return max(1, 2 ** (24 if x.device.type == "cpu" else 28) // (x.element_size() * (x.shape[1] + width)))
+def chunks(x, width):
+    """Slices of x's rows which, with `width` numbers beside each, fill a CPU's caches (a GPU: 2²⁸ bytes)."""
+    rows = 2 ** (24 if x.device.type == "cpu" else 28) // (x.element_size() * (x.shape[1] + width))
+    return [slice(a, a + max(1, rows)) for a in range(0, len(x), max(1, rows))]
 
 
 # §2.5, Emergent clusters: how far apart, and how they relate to classes (Fig. 6)
@@ -272,8 +255,6 @@ def chunk_rows(x, width):
 def adjusted_rand_index(a, b):
     """Agreement of two partitions (n,) of n ≥ 1 points: 1 the same, 0 as by chance (Hubert & Arabie 1985)."""
     a, b = (np.unique(v, return_inverse=True)[1] for v in (a, b))
-    if a.shape != b.shape or not a.size:
-        raise ValueError(f"labels of {len(a)} and {len(b)} points; they must be of the same, at least one")
     pairs = lambda sizes: float((sizes * (sizes - 1) / 2).sum())               # in groups of these sizes
     both, one, two = (pairs(np.bincount(v)) for v in (a * (b.max() + 1) + b, a, b))
     chance = one * two / max(pairs(np.array(len(a))), 1)
@@ -289,20 +270,19 @@ def separation(a, b):
     return float(distance), float((((a @ u).var() + (b @ u).var()) / 2).sqrt())
 
 
-def pair_separations(code, labels, rng, pairs=100, least=5):
-    """`separation` of random pairs of groups of `least` points or more, no pair twice: (at most `pairs`, 2).
+def pair_separations(code, labels, rng, pairs=100):
+    """`separation` of random pairs of groups of five points or more, no pair twice: (at most `pairs`, 2).
 
     code: (n, d). labels: (n,) integers, −1: in no group. rng: a numpy Generator. Raises ValueError if there
     are fewer than two such groups.
     """
-    groups = np.flatnonzero(np.bincount(labels[labels >= 0]) >= least)
-    every = len(groups) * (len(groups) - 1) // 2           # pair (a, b), b < a, has number a (a − 1)/2 + b
-    if not every:
-        raise ValueError(f"fewer than two groups of {least} points")
-    number = rng.choice(every, min(pairs, every), replace=False)
-    a = ((1 + np.sqrt(1 + 8 * number)) / 2).astype(int)
+    groups = np.flatnonzero(np.bincount(labels[labels >= 0]) >= 5)
+    if len(groups) < 2:
+        raise ValueError("fewer than two groups of five points")
+    a, b = np.tril_indices(len(groups), -1)
+    chosen = rng.choice(len(a), min(pairs, len(a)), replace=False)
     return np.array([separation(code[labels == groups[i]], code[labels == groups[j]])
-                     for i, j in zip(a, number - a * (a - 1) // 2)])
+                     for i, j in zip(a[chosen], b[chosen])])
 
 
 def gaussian_like(code, seed):
@@ -358,24 +338,22 @@ def divergence_gradient(p, y):
 # Command line
 
 def read_points(path):
-    """The points of a .npy, or `phi` of a .npz, and a dict of its `paths` and `labels` where it has them.
+    """Points (n, d), paths (n,) and labels (n,): `phi`, `paths`, `labels` of a .npz, or the points of a .npy.
 
-    Nothing in the file is executed. Raises ValueError for a file that is not whole or holds something else.
+    By default paths are "0", "1", … and labels −1, unknown. Nothing in the file is executed. ValueError for a
+    file that is not whole or holds something else.
     """
     try:
-        with np.errstate(all="ignore"):                    # numpy checks sizes, zipfile checksums
-            file = np.load(path, mmap_mode="r", allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                return file, {}
-            with file:
-                x, source = file["phi"], {k: file[k] for k in ("paths", "labels") if k in file}
-        for name, v in source.items():
-            if v.shape != x.shape[:1] or v.dtype.kind not in ("US" if name == "paths" else "USbiuf"):
-                raise ValueError(f"{name} is {v.dtype} {v.shape}; must be one {name[:-1]} a point")
-        return x, source
+        file = np.load(path)
+        file = dict(phi=file) if isinstance(file, np.ndarray) else dict(file)
+        x = file["phi"]
+        paths = file.get("paths", np.arange(len(x)).astype(str))
+        labels = file.get("labels", np.full(len(x), -1))
     except Exception as error:                 # anything, depending on how the file is damaged
-        reason = getattr(error, "strerror", None) or str(error).strip("'\"").split("\n")[0]
-        raise ValueError(f"not a whole .npy, or .npz with an array phi ({reason})") from None
+        raise ValueError(f"not a whole .npy, or .npz with an array phi ({error})") from None
+    if not paths.shape == labels.shape == x.shape[:1]:
+        raise ValueError("paths and labels must be one a point")
+    return x, paths, labels
 
 
 def arguments():
@@ -383,7 +361,7 @@ def arguments():
     from unet import Parser, UserError, check_outputs, number
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("points", nargs="?", help="phi.npz of analyze.py, or a .npy of shape (n, d)")
+    add("points", help="phi.npz of analyze.py, or a .npy of shape (n, d)")
     add("--K", "--clusters", type=number(int, 1), default=100, help="clusters (default: 100)")
     add("--n-init", type=number(int, 1, 1000), default=10, help="restarts (default: 10)")
     add("--max-iter", type=number(int, 1, 10 ** 6), default=300, help="iterations at most (default: 300)")
@@ -397,8 +375,6 @@ def arguments():
         torch.zeros(1, device=flags.device).item()
     except Exception:                          # by device and build: RuntimeError, AssertionError, …
         raise UserError(f"--device {flags.device}: not available here") from None
-    if not flags.points:
-        raise UserError("no file given; python kmeans.py phi.npz --K 100")
     check_outputs([flags.out], flags.force)
     if not flags.out.endswith(".npz") or os.path.realpath(flags.out) == os.path.realpath(flags.points):
         raise UserError(f"--out {flags.out}: must be a .npz, and not the file of the points")
@@ -416,7 +392,7 @@ def main():
         status(done, f"restart {restart + 1}/{flags.n_init}, iteration {iteration}, {changed} labels changed")
 
     try:
-        x, source = read_points(flags.points)
+        x, paths, classes = read_points(flags.points)
         model = KMeans(flags.K, n_init=flags.n_init, max_iter=flags.max_iter, tol=flags.tol, seed=flags.seed,
                        device=flags.device, progress=progress).fit(x)
     except ValueError as error:
@@ -424,14 +400,13 @@ def main():
     sizes = np.bincount(model.labels_, minlength=flags.K)
     say(f"{len(x)} points of {x.shape[1]} dimensions, {flags.K} clusters of {sizes.min()} to {sizes.max()}")
     say(f"inertia {model.inertia_:.6g}, {model.n_iter_} iterations")
-    classes = source.get("labels", np.full(len(x), -1))
     known = classes != "" if classes.dtype.kind in "US" else classes >= 0      # NaN is not known either
     if known.any():
         index = adjusted_rand_index(model.labels_[known], classes[known])
         say(f"against {len(np.unique(classes[known]))} classes: adjusted Rand index {index:.3f}")
     with write(flags.out) as file:
         np.savez(file, centers=model.cluster_centers_, labels=model.labels_, inertia=model.inertia_,
-                 paths=source.get("paths", np.arange(len(x)).astype(str)))
+                 paths=paths)
     say(f"wrote {flags.out}")
 
 

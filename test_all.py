@@ -327,7 +327,8 @@ def test_kmeans_is_plain_lloyd_step_by_step(monkeypatch):
         init = x[np.random.default_rng(1).permutation(len(x))[:K]]
         for steps, (labels, centers, inertia) in enumerate(plain_lloyd(x, init, 9), 1):
             for rows in (20, 10 ** 6, *[1] * (steps == 3)):
-                monkeypatch.setattr(kmeans, "chunk_rows", lambda x, width: rows)
+                monkeypatch.setattr(kmeans, "chunks", lambda x, width: [
+                    slice(a, a + rows) for a in range(0, len(x), rows)])
                 model = KMeans(K, init, max_iter=steps, tol=0).fit(x)
                 assert (model.labels_ == labels).all() and model.n_iter_ <= steps
                 assert abs(model.cluster_centers_ - centers).max() < 1e-12
@@ -339,7 +340,8 @@ def test_kmeans_seeding_is_greedy_kmeans_plus_plus(monkeypatch):
     x = blobs(120, 3, 6)
     d2 = ((x[:, None] - x) ** 2).sum(2)
     for K, restarts, rows in ((1, 2, 200), (2, 1, 200), (30, 4, 6), (9, 3, 1)):
-        monkeypatch.setattr(kmeans, "chunk_rows", lambda x, width: rows)
+        monkeypatch.setattr(kmeans, "chunks", lambda x, width: [
+            slice(a, a + rows) for a in range(0, len(x), rows)])
         generator, L = torch.Generator().manual_seed(5), 2 + int(math.log(K))
         chosen = [[int(i)] for i in torch.randint(120, (restarts,), generator=generator)]
         for _ in range(K - 1):                 # with the same random numbers, one restart after the other
