@@ -112,7 +112,8 @@ def never_alone(f, x):
 # §3, Algorithm 1
 
 @torch.no_grad()
-def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_iters=200, progress=None):
+def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_iters=200,
+                progress=lambda *_: None):
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
     target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
@@ -131,8 +132,7 @@ def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_it
         s = score(model, x)
         x = x + s + sigma_next * noise(shape, generators, mean.device)
         levels.append(dict(level, sigma=sigma, sigma_before=before, sigma_after=noise_level(s)))
-        if progress:
-            progress((t + 1) / len(sigmas), f"σ {sigma:.3f}  {int(level['gradients'].max())} gradients")
+        progress((t + 1) / len(sigmas), f"σ {sigma:.3f}  {int(level['gradients'].max())} gradients")
     return x + score(model, x), levels
 
 
@@ -186,7 +186,7 @@ def average(values, weights=None):
 
 @torch.no_grad()
 def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=0.04, h_0=0.01, beta=0.05,
-                         max_steps=2000, progress=None):
+                         max_steps=2000, progress=lambda *_: None):
     """Coarse-to-fine ascent of log p by partial score steps, (N, C, H, W).
 
     y ← y + h s(y) + γ z with h = h₀ t/(1 + h₀(t − 1)), γ² = ((1 − βh)² − (1 − h)²) σ̂², σ̂ = ‖s(y)‖/√n until
@@ -206,11 +206,10 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
         y[moving] = x + torch.where(ended.view(-1, 1, 1, 1), s, h * s + gamma.view(-1, 1, 1, 1) * z)
         steps[moving[ended.cpu()]] = t
         moving = moving[~ended.cpu()]
-        if progress:
-            done = math.log(sigma_0 / max(float(sigma.max()), sigma_end)) / math.log(sigma_0 / sigma_end)
-            progress(min(1, max(0, done)), f"σ {float(sigma.max()):.3f}, step {t}")
         if not len(moving):
             break
+        left = float((sigma.max() / sigma_end).log() / math.log(sigma_0 / sigma_end))      # in log σ
+        progress(1 - left, f"σ {float(sigma.max()):.3f}, step {t}")
     return y, steps
 
 
@@ -278,14 +277,14 @@ def similarities(model, samples, target, scale=None):
     return found
 
 
-def panel(samples, target=None, side=128, gap=4, labels=None):
+def panel(samples, target=None, side=128, labels=None):
     """Samples (S, C, H, W) in a square; with a target (P, C, H, W), it stands framed in the middle (Fig. 7).
 
     Several conditioners share the middle, at most four. labels: one a sample. Returns a PIL image.
     """
     def cell(image, label, frame="white"):
-        image = ImageOps.expand(image, gap, frame)
-        return grid([image, caption(label, 13, image.width)], 1, 0) if labels else image
+        image = ImageOps.expand(image, 4, frame)
+        return captioned(image, label, 13) if labels else image
 
     cells = [cell(to_image(x, side), labels and labels[i]) for i, x in enumerate(samples)]
     k = math.ceil(math.sqrt(len(cells) + (target is not None)))
@@ -302,6 +301,11 @@ def panel(samples, target=None, side=128, gap=4, labels=None):
     for i, image in zip([*taken, order[0]], [*cells, cell(middle, "target", ORANGE)]):
         places[i] = image
     return grid(places, k, 0)
+
+
+def captioned(image, text, size):
+    """A PIL image with text below it."""
+    return grid([image, caption(text, size, image.width)], 1, 0)
 
 
 # Targets
@@ -326,23 +330,23 @@ def read_targets(flags, checkpoint, device):
     return [(p, read(p), None) for p in flags.targets] or held_out_targets(checkpoint, device)
 
 
-def held_out_targets(checkpoint, device, n=4):
-    """As `read_targets`: n held-out pictures of the checkpoint's data, or built-in ones if these are gone."""
+def held_out_targets(checkpoint, device):
+    """As `read_targets`: four held-out pictures of the checkpoint's data, or built-in ones without these."""
     say("no target: four held-out pictures of the checkpoint's own data")
     try:
         pictures, _, rows = training_data(checkpoint["flags"])
         if pictures.fingerprint != checkpoint["fingerprint"]:
             raise UserError(f"{checkpoint['flags']['data']} has changed since")
-        rows = np.random.default_rng(0).permutation(rows)[:n]
+        rows = np.random.default_rng(0).permutation(rows)[:4]
         names, x = [pictures.paths[i] for i in rows], pictures.x[rows]
     except UserError as error:
         say(f"{error}: four built-in pictures instead")
-        x, labels, classes = builtin_pictures(n, checkpoint["size"], checkpoint["model"]["channels"], seed=1)
+        x, labels, classes = builtin_pictures(4, checkpoint["size"], checkpoint["model"]["channels"], seed=1)
         names = [f"built-in {classes[k]}" for k in labels]
     return [(name, to_batch(v[None], device), None) for name, v in zip(names, x)]
 
 
-def cluster_members(flags, checkpoint, device, most=64):
+def cluster_members(flags, checkpoint, device):
     """The pictures of cluster N of "clusters.npz:N", at most 64, by seed, (P, C, H, W). Raises UserError."""
     (path, _, k), run = flags.cluster.rpartition(":"), checkpoint["flags"]
     try:
@@ -352,16 +356,14 @@ def cluster_members(flags, checkpoint, device, most=64):
         raise UserError(f"--cluster {flags.cluster}: must be FILE:NUMBER, by kmeans.py ({error})") from None
     if not len(members):
         raise UserError(f"--cluster {flags.cluster}: no such cluster; {path} has 0 to {clusters - 1}")
-    members = np.random.default_rng(flags.seed).permutation(members.astype(str))[:most].tolist()
+    members = np.random.default_rng(flags.seed).permutation(members.astype(str))[:64].tolist()
     if all(map(os.path.isfile, members)) and not run["patches"]:
-        x = np.stack([load_picture(m, run["size"], run["channels"]) for m in members])
-    else:                                      # tiles, rows of an array, built-in pictures
-        pictures = training_data(run)[0]
-        row = {name: i for i, name in enumerate(pictures.paths)}
-        if missing := [m for m in members if m not in row]:
-            raise UserError(f"--cluster {flags.cluster}: {missing[0]} is not among the checkpoint's pictures")
-        x = pictures.x[[row[m] for m in members]]
-    return to_batch(x, device)
+        return to_batch([load_picture(m, run["size"], run["channels"]) for m in members], device)
+    pictures = training_data(run)[0]           # tiles, rows of an array, built-in pictures
+    row = {name: i for i, name in enumerate(pictures.paths)}
+    if missing := [m for m in members if m not in row]:
+        raise UserError(f"--cluster {flags.cluster}: {missing[0]} is not among the checkpoint's pictures")
+    return to_batch(pictures.x[[row[m] for m in members]], device)
 
 
 # Command line
@@ -418,8 +420,6 @@ def denoise_sheet(flags, model, checkpoint, device):
     y = x + flags.noise * torch.randn(x.shape, generator=seeded("cpu", flags.seed)).to(device)
     with torch.no_grad():
         x_hat = model.denoise(y)
-    if not x_hat.isfinite().all():
-        raise UserError("the denoised picture is not finite")
     estimated = float(noise_level(x_hat - y))
     record = dict(picture=flags.denoise, noise_added=flags.noise, noise_estimated=estimated)
     say(f"noise level σ: estimated {estimated:.4f}" + (f", added {flags.noise:g}" if flags.noise else ""))
@@ -433,8 +433,7 @@ def denoise_sheet(flags, model, checkpoint, device):
         say(f"PSNR {noisy:.2f} dB noisy, {denoised:.2f} dB denoised")
         shown = [("clean", x, "clean"), ("noisy", y, f"noise σ {flags.noise:g}, {noisy:.1f} dB"),
                  ("denoised", x_hat, f"denoised, {denoised:.1f} dB")]
-    under = lambda image, text: grid([image, caption(text, 20, image.width)], 1, 0)
-    cells = [under(to_image(v[0], max(384, x.shape[3])), text) for _, v, text in shown]
+    cells = [captioned(to_image(v[0], max(384, x.shape[3])), text, 20) for _, v, text in shown]
     return grid(cells, 3, 12), record, {f"{name}.png": to_image(v[0]) for name, v, _ in shown}
 
 
@@ -492,12 +491,9 @@ def check(flags, checkpoint):
     if flags.sigma_max > checkpoint["sigma_max"]:
         say(f"warning: --sigma-max {flags.sigma_max:g}: the network has seen {checkpoint['sigma_max']:g}")
     if flags.save_each:
-        try:
-            os.makedirs(flags.save_each, exist_ok=True)
-            if os.listdir(flags.save_each) and not flags.force:
-                raise UserError(f"--save-each {flags.save_each}: is not empty; --force writes into it")
-        except OSError as error:
-            raise UserError(f"--save-each {flags.save_each}: {error.strerror.lower()}") from None
+        os.makedirs(flags.save_each, exist_ok=True)
+        if os.listdir(flags.save_each) and not flags.force:
+            raise UserError(f"--save-each {flags.save_each}: is not empty; --force writes into it")
 
 
 def main():

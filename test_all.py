@@ -997,7 +997,7 @@ def test_sample_integrate():
 def test_sample_panel_geometry():
     # samples are missing, out of order, or the target not in the middle
     samples = torch.linspace(0, 1, 8).view(8, 1, 1, 1).expand(8, 3, 8, 8)
-    sheet = np.asarray(sample.panel(samples, torch.ones(1, 3, 8, 8), side=32, gap=4))
+    sheet = np.asarray(sample.panel(samples, torch.ones(1, 3, 8, 8), side=32))
     assert [sheet[14 + 40 * (i // 3), 14 + 40 * (i % 3), 0] for i in range(9)] == [
         *(round(255 * k / 7) for k in range(4)), 255, *(round(255 * k / 7) for k in range(4, 8))]
 
