@@ -126,8 +126,9 @@ class NearestCenters:
         self.own[gone[self.labels]] = math.inf
         for i in self.chunks if len(moved) else []:
             unsure = i.start + self.compare(i, c, moved)
-            self.own[unsure] = self.low[unsure] = math.inf
-            self.compare(unsure, c, every)
+            if len(unsure):
+                self.own[unsure] = self.low[unsure] = math.inf
+                self.compare(unsure, c, every)
         return self.labels
 
     def compare(self, i, c, moved):
@@ -153,8 +154,8 @@ def update_means(sums, x, summed, labels):
     Only the points that change clusters are touched; float64 forgets nothing that matters on the way.
     """
     counts, changed = labels.bincount(minlength=len(sums)), (labels != summed).nonzero()[:, 0]
-    moved = torch.cat([labels[changed], summed[changed]]).unique()
-    moved = moved[counts[moved] > 0]
+    touched = torch.cat([labels[changed], summed[changed]]).bincount(minlength=len(sums)) > 0
+    moved = (touched & (counts > 0)).nonzero()[:, 0]
     for i in changed.split(1024):
         y = x[i].double()
         sums.index_add_(0, labels[i], y).index_add_(0, summed[i], y, alpha=-1)
@@ -345,7 +346,7 @@ def read_points(path):
     """
     try:
         file = np.load(path)
-        file = dict(phi=file) if isinstance(file, np.ndarray) else dict(file)
+        file = dict(phi=file) if isinstance(file, np.ndarray) else file
         x = file["phi"]
         paths = file.get("paths", np.arange(len(x)).astype(str))
         labels = file.get("labels", np.full(len(x), -1))

@@ -445,7 +445,7 @@ def arguments():
     add("targets", nargs="*", metavar="target", help="pictures; a panel each")
     add("--mix", nargs="+", metavar="PICTURE", help="the weighted mean φ of these pictures")
     add("--weights", nargs="+", type=number(float, -100, 100), metavar="W", help="a number for each of --mix")
-    add("--cluster", metavar="FILE:N", help="the mean φ of cluster N of a file that kmeans.py wrote")
+    add("--cluster", metavar="FILE:N", help="the mean φ of 64 pictures of cluster N, of kmeans.py's file")
     add("--unconditional", type=number(int, 1, 10_000), metavar="N", help="N samples without a target")
     add("--denoise", metavar="PICTURE", help="denoise one picture of any size")
     add("--noise", type=number(float, 0, 100), default=0.0, metavar="σ", help="with --denoise: noise to add")
