@@ -1777,7 +1777,7 @@ def test_versus_and_harmonics_from_the_command_line(shelf, cli, tmp_path, monkey
 # assets
 
 @pytest.mark.parametrize("name, code_sum, largest, psnr", [
-    ("textures", 26.2552, 2.2962, 18.612), ("photos", 24.0617, 1.5688, 21.418),
+    ("textures", 26.2552, 2.2962, 18.612), ("photos", 22.9689, 1.8278, 21.561),
     ("faces", 30.4214, 1.6298, 19.159)])
 def test_golden_weights(name, code_sum, largest, psnr):
     # shipped weights, φ or the network are not what they were when the README's numbers were measured
