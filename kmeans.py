@@ -241,7 +241,7 @@ def as_points(x, device=None, name="x"):
     x = x.to(torch.float64 if x.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32)
     bad = (~squares(x).isfinite()).nonzero()
     if len(bad):
-        raise ValueError(f"{name} has NaN or infinite values, first in row {int(bad[0])}, or too large to square")
+        raise ValueError(f"{name} has NaN, infinite or too large values, first in row {int(bad[0])}")
     return x
 
 

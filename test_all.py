@@ -1577,7 +1577,7 @@ not a whole .npy | kmeans.py cut.npy | kmeans.py text.png | kmeans.py k.npz
 allow_pickle=False | kmeans.py pickle.npz
 not real numbers | kmeans.py words.npy
 x has shape (40, 8, 8) | kmeans.py tiny.npy
-NaN or infinite values, first in row 0 | kmeans.py nan.npy
+NaN, infinite or too large values, first in row 0 | kmeans.py nan.npy
 20 points cannot make 100 clusters | kmeans.py x.npy --K 100
 not the file of the points | kmeans.py phi.npz --out link.npz --force
 is also to be read | sample.py c.pt --out dark.png dark.png --force
