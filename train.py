@@ -1016,7 +1016,7 @@ def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=
     ylim = ylim or ((0, y.max()) if histogram else limits(y, "y" in log))
     xs = ticks(*xlim, "x" in log, 6 if w > 600 else 4) if xlabel else []       # t-SNE has no units
     ys = ticks(*ylim, "y" in log, 6 if h > 350 else 4) if ylabel else []
-    named = "{:.6g}".format
+    named = lambda v: f"{v / 1e6:g} M" if abs(v) >= 1e6 else f"{v:.6g}"
     left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
     right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
     marks = [m._replace(color=m.color or COLORS[k % len(COLORS)]) for k, m in enumerate(marks)]
