@@ -285,8 +285,10 @@ def rank_correlation(a, b):
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return math.nan
-    ranks = [np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right")        # twice the mean
-             for v in (a[both], b[both])]                                                     # rank of ties
+    ranks = []
+    for v in a[both], b[both]:
+        ordered = np.sort(v)
+        ranks.append(np.searchsorted(ordered, v) + np.searchsorted(ordered, v, "right"))     # ties: the mean
     return float(np.corrcoef(ranks)[0, 1])
 
 
@@ -828,7 +830,7 @@ def channels(study):
     (near, contrast), *others = (tails(v["pr"], v["kurtosis"]) for v in every)
     samples = study.rng(24).integers(len(found["pr"]), size=(100, len(found["pr"])))
     spread = [tails(found["pr"][i], found["kurtosis"][i])[1] for i in samples]
-    further = (contrast, np.nanstd(spread))
+    further = (contrast, np.nanstd(spread) if math.isfinite(contrast) else math.nan)
     claims = [
         goes("specialised channels have heavier tails", "Fig. 13", "heavy tails", "kurtosis", -1),
         study.claim("… and common channels are near-Gaussian", "Fig. 13, App. B.2", "closer to Gaussian",
@@ -881,7 +883,7 @@ def embedding(study, draws=8):
     d2, error, integrand, matched = (np.array([np.asarray(v, float) for v in part]) for part in zip(*values))
     square = lambda phis: (phis[study.sigma][pairs[:, 0]] - phis[study.sigma][pairs[:, 1]]
                            ).double().square().sum(1).numpy().clip(1e-30)
-    span = lambda ratio: float(np.log(ratio.max() / ratio.min()))
+    span = lambda ratio: float(np.log(ratio.max() / ratio.min())) if ratio.min() > 0 else math.nan
     here = square(study.phi)
     ratio, (rho, sd, low, high) = d2 / here, bootstrap(here, d2, study.rng(25))
     spread = np.std([span(ratio[i]) for i in study.rng(26).integers(n, size=(200, n))])
@@ -1630,23 +1632,24 @@ def add_phi(study, sigmas, key, paths):
     Returns whether this process goes on: under torchrun, only the first one does.
     """
     path, name, codes = os.path.join(study.out, "phi.npz"), json.dumps(key, sort_keys=True), []
-    first = not dist.is_initialized() or dist.get_rank() == 0
     study.untrained = untrained_networks(study)
     with contextlib.suppress(Exception):       # none, or not whole, or not ours: then --force was given
         with np.load(path) as file:
             if str(file["key"]) == name:
                 codes = [np.concatenate([file["phi"][None], file["other_phi"]]), *file["untrained"]]
+    first = not dist.is_initialized() or dist.get_rank() == 0
     if not codes:
         found = compute_phi([study.model, *study.untrained], study.x, [sigmas] + 3 * [sigmas[:2]],
                             study.draws, study.seed, study.device, study.progress)
         codes = [np.stack([v.numpy() for v in phis.values()]) for phis in found]   # (σ, n, d) a network
+        if not first:                          # the sum over processes is the first one's alone
+            return False
         if not all(np.isfinite(v).all() for v in codes):
             raise UserError("φ is not finite; is the checkpoint damaged?")
-        if first:
-            with write(path) as file:
-                np.savez(file, phi=codes[0][0], other_phi=codes[0][1:], untrained=np.array(codes[1:]),
-                         paths=np.array(paths), sigma=np.array(sigmas), labels=study.labels,
-                         checkpoint=key["checkpoint"], key=name)
+        with write(path) as file:
+            np.savez(file, phi=codes[0][0], other_phi=codes[0][1:], untrained=np.array(codes[1:]),
+                     paths=np.array(paths), sigma=np.array(sigmas), labels=study.labels,
+                     checkpoint=key["checkpoint"], key=name)
     study.phi, *study.untrained_phi = [dict(zip(sigmas, map(torch.from_numpy, v))) for v in codes]
     return first
 
@@ -1797,11 +1800,11 @@ def compare(flags, networks, device, progress):
     """--versus: `generalisation`, results.json and the page."""
     study, pairs = load_pairs(flags, networks, device)
     names = "results.json", "index.html", "generalisation.png", "originals.png"
-    earlier_results(flags.out, names, dict(settings=vars(flags)), flags.force)
+    same = dict(settings=vars(flags), checkpoints=[checkpoint["sha256"] for _, _, checkpoint in networks])
+    earlier_results(flags.out, names, same, flags.force)
     study.progress = progress
     found = generalisation(study, pairs)
-    write_json(os.path.join(flags.out, "results.json"), dict(settings=vars(flags),
-                                                             analyses=dict(generalisation=found)))
+    write_json(os.path.join(flags.out, "results.json"), dict(same, analyses=dict(generalisation=found)))
     write_page(flags.out, "Memorisation and generalisation", f"{len(pairs)} pairs of networks, "
                f"{len(study.x)} held-out pictures", "", found["claims"], study.captions, vars(flags))
     say_claims(found["claims"])
@@ -1810,21 +1813,21 @@ def compare(flags, networks, device, progress):
 
 def summarise(flags, names, tables, found):
     """Claims over several networks, by name, the figures that compare these, networks.json and the page."""
-    rows, figures, captions = over_networks(tables), dict(emergence=draw_emergence(found)), {
-        "emergence": "φ during training. Is M in use, and when does φ know classes?",
-        "regularity": REGULARITY}
+    rows, captions = over_networks(tables), {}
     if flags.only == ["regularity"]:
         slopes = [v["analyses"]["regularity"] for v in found]
-        rows, figures = [*rows, claim_on_slopes(slopes)], dict(regularity=draw_regularity(slopes))
-    for name, image in figures.items():
-        if image:
-            with write(os.path.join(flags.out, name + ".png")) as file:
-                image.save(file, "png")
+        rows, image, captions = [*rows, claim_on_slopes(slopes)], draw_regularity(slopes), {
+            "regularity": REGULARITY}
+    elif image := draw_emergence(found):
+        captions["emergence"] = "φ during training. Is M in use, and when does φ know classes?"
+    for name in captions:                      # one at most
+        with write(os.path.join(flags.out, name + ".png")) as file:
+            image.save(file, "png")
     say(f"{len(names)} networks: {', '.join(names)}")
     say_claims(rows)
     write_json(os.path.join(flags.out, "networks.json"), dict(checkpoints=flags.checkpoint, claims=rows))
     write_page(flags.out, f"{len(names)} networks", "mean ± SD over networks", ", ".join(names), rows,
-               {name: captions[name] for name, image in figures.items() if image}, vars(flags))
+               captions, vars(flags))
 
 
 def main():

@@ -28,8 +28,8 @@ class KMeans:
 
     def __init__(self, n_clusters, init="k-means++", n_init=10, max_iter=300, tol=1e-4, seed=0, device=None,
                  progress=lambda *_: None):
-        if min(n_clusters, n_init, max_iter) < 1:
-            raise ValueError("n_clusters, n_init and max_iter must be at least 1")
+        if min(n_clusters, n_init, max_iter) < 1 or not tol >= 0:
+            raise ValueError("n_clusters, n_init and max_iter must be at least 1, tol at least 0")
         self.n_clusters, self.init, self.n_init, self.max_iter = n_clusters, init, n_init, max_iter
         self.tol, self.seed, self.device, self.progress = tol, seed, device, progress
 
@@ -48,11 +48,11 @@ class KMeans:
         total = self._fit(x)
         if x.dtype == torch.float32 and 0 < self.inertia_ < 1e4 * torch.finfo(x.dtype).eps * total:
             self._fit(x.double())
-        self.cluster_centers_, self.labels_ = given(self.cluster_centers_.to(x.dtype)), given(self.labels_)
-        if (found := len(np.unique(self.labels_))) < K:
+        if (found := len(self.labels_.unique())) < K:
             ended = self.n_iter_ < self.max_iter
             why = "fewer distinct points than clusters" if ended else "max_iter too small"
             warnings.warn(f"{found} clusters have points, {K} were asked for: {why}")
+        self.cluster_centers_, self.labels_ = given(self.cluster_centers_.to(x.dtype)), given(self.labels_)
         return self
 
     def _fit(self, x):
@@ -60,6 +60,9 @@ class KMeans:
         origin = x.mean(0)                     # ‖x‖² − 2x·c + ‖c‖² cancels least around the mean
         x, K = x - origin, self.n_clusters
         total, self.inertia_ = float(squares(x).sum(dtype=torch.float64)), math.inf
+        if not math.isfinite(total):
+            row = int(x.abs().amax(1).argmax())
+            raise ValueError(f"row {row} is so large that its square overflows; scale x down")
         if isinstance(self.init, str) and self.init == "k-means++":
             starts = seed_centers(x, K, self.n_init, self.seed)
         else:
@@ -235,13 +238,13 @@ def as_points(x, device=None, name="x"):
         if x.dtype.kind not in "biuf":
             raise ValueError(f"{name} holds {x.dtype}, not real numbers")
         x = torch.from_numpy(np.require(x, np.float32 if np.can_cast(x.dtype, np.float32) else float, "CW"))
-    if x.ndim != 2 or not x.numel():
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (points, dimensions)")
+    if x.ndim != 2 or not x.numel() or x.is_complex():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (points, dimensions), real")
     x = x.to("cpu" if str(device or x.device).startswith("mps") else device)
     x = x.to(torch.float64 if x.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32)
-    bad = (~squares(x).isfinite()).nonzero()
+    bad = (~x.isfinite()).any(1).nonzero()
     if len(bad):
-        raise ValueError(f"{name} has NaN, infinite or too large values, first in row {int(bad[0])}")
+        raise ValueError(f"{name} has NaN or infinite values, first in row {int(bad[0])}")
     return x
 
 
@@ -256,6 +259,8 @@ def chunks(x, width):
 def adjusted_rand_index(a, b):
     """Agreement of two partitions (n,) of n ≥ 1 points: 1 the same, 0 as by chance (Hubert & Arabie 1985)."""
     a, b = (np.unique(v, return_inverse=True)[1] for v in (a, b))
+    if a.shape != b.shape or not a.size:
+        raise ValueError(f"labels of {len(a)} and {len(b)} points; they must be of the same, at least one")
     pairs = lambda sizes: float((sizes * (sizes - 1) / 2).sum())               # in groups of these sizes
     both, one, two = (pairs(np.bincount(v)) for v in (a * (b.max() + 1) + b, a, b))
     chance = one * two / max(pairs(np.array(len(a))), 1)
@@ -351,9 +356,11 @@ def read_points(path):
         paths = file.get("paths", np.arange(len(x)).astype(str))
         labels = file.get("labels", np.full(len(x), -1))
     except Exception as error:                 # anything, depending on how the file is damaged
-        raise ValueError(f"not a whole .npy, or .npz with an array phi ({error})") from None
-    if not paths.shape == labels.shape == x.shape[:1]:
-        raise ValueError("paths and labels must be one a point")
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"not a whole .npy, or .npz with an array phi ({reason})") from None
+    for name, v, kinds in ("paths", paths, "US"), ("labels", labels, "USbiuf"):
+        if v.shape != x.shape[:1] or v.dtype.kind not in kinds:
+            raise ValueError(f"{name} is {v.dtype} {v.shape}; must be one {name[:-1]} a point")
     return x, paths, labels
 
 

@@ -420,6 +420,8 @@ def denoise_sheet(flags, model, checkpoint, device):
     y = x + flags.noise * torch.randn(x.shape, generator=seeded("cpu", flags.seed)).to(device)
     with torch.no_grad():
         x_hat = model.denoise(y)
+    if not x_hat.isfinite().all():
+        raise UserError("the denoised picture is not finite")
     estimated = float(noise_level(x_hat - y))
     record = dict(picture=flags.denoise, noise_added=flags.noise, noise_estimated=estimated)
     say(f"noise level σ: estimated {estimated:.4f}" + (f", added {flags.noise:g}" if flags.noise else ""))

@@ -214,7 +214,7 @@ class Run:
         self.step, elapsed, self.summary, self.curve = 0, 0.0, {}, []
         if resume:
             self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
-            self.curve = list(resume["curve"])
+            self.curve = list(resume.get("curve", []))
             self.model.load_state_dict(resume["weights"])
             self.optimizer.load_state_dict(resume["optimizer"])
         else:
@@ -520,9 +520,9 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
         labels = np.array([number_of[k] for k in kinds])[source]
         tile = np.arange(len(x)) - np.searchsorted(source, source)
         paths = [names[s] + f"#{t}" * patches for s, t in zip(source, tile)]
-    hashes = np.frombuffer(b"".join(digest(picture) for picture in x), np.uint64)
-    constant = np.array([(picture == picture[0, 0]).all() for picture in x])
-    groups = join_groups(source, hashes, constant)
+    digests, constant = zip(*((digest(picture), (picture == picture[0, 0]).all()) for picture in x))
+    hashes = np.frombuffer(b"".join(digests), np.uint64)
+    groups = join_groups(source, hashes, np.array(constant))
     return Pictures(x, paths, labels, classes, groups, skipped, digest(np.sort(hashes)).hex())
 
 
