@@ -28,6 +28,7 @@ from unet import (FORMAT, Parser, Progress, UNet, UserError, check_outputs, dura
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional   # first imported later (by Adam), its defaults keep the process group alive
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
