@@ -28,7 +28,7 @@ from unet import (FORMAT, Parser, Progress, UNet, UserError, check_outputs, dura
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional   # first imported later (by Adam), its defaults keep the process group alive
+import torch.distributed.nn.functional          # imported later, by Adam, it keeps the process group alive
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
@@ -322,7 +322,7 @@ def describe(run):
     """Say at the start what will be done, with what."""
     flags, sees, skipped = run.flags, receptive_field(run.model.levels), run.pictures.skipped
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    budget = " or ".join(f"{flags[name]:,g} {name}" for name in BUDGETS if flags[name])
+    budget = " or ".join(f"{flags[name]:,.10g} {name}" for name in BUDGETS if flags[name])
     say(f"device        {run.device}, {run.world} process{'es' * (run.world > 1)}, {flags['precision']}")
     say(f"network       width {flags['width']}, {flags['levels']} levels, {parameters:.2f} M parameters; M "
         f"sees {sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
