@@ -1,4 +1,4 @@
-"""Every figure of both papers for a trained network, and a verdict on every claim (paper A: §2.2–3, App. B).
+"""The figures of both papers for a trained network, with a verdict on every claim (A: §2.2–3, App. B, C).
 
     python analyze.py ckpt.pt                              # the held-out pictures of its training -> figures/
     python analyze.py ckpt.pt --data photos --images 10000
@@ -651,9 +651,9 @@ def clustering(study, phis, K, truth):
 def clusters(study):
     """Fig. 6, 15, 16: K-means on φ; how far apart clusters are, beside classes; how stable the clusters are.
 
-    K: --clusters, or 100 (the paper's least) but at most a twentieth of the pictures. Nulls: all three,
-    because K-means makes separated clusters of anything; rows of the Gaussian and shuffled ones keep the
-    labels, which then mean nothing. The Gaussian has no second σ.
+    K: --clusters, or 100 (the least of the paper's runs), at most a twentieth of the pictures. Nulls: all
+    three, because K-means makes separated clusters of anything; rows of the Gaussian and shuffled ones keep
+    the labels, which then mean nothing. The Gaussian has no second σ.
     """
     n, known, done = len(study.x), study.labels >= 0, iter(range(1, 100))
     K = study.clusters or max(2, min(100, n // 20))
@@ -833,7 +833,7 @@ def channels(study):
     further = (contrast, np.nanstd(spread) if math.isfinite(contrast) else math.nan)
     claims = [
         goes("specialised channels have heavier tails", "Fig. 13", "heavy tails", "kurtosis", -1),
-        study.claim("… and common channels are near-Gaussian", "Fig. 13, App. B.2", "closer to Gaussian",
+        study.claim("… and common channels are near-Gaussian", "§2.4, Fig. 13", "closer to Gaussian",
                     further, "channels", dict(untrained=[v[1] for v in others]), effect=0.5,
                     own=near < 1 and beyond(further),
                     rule=f"median |kurtosis − 3| is {near:.2f} for common channels (below 1), and by how "
@@ -960,8 +960,8 @@ def match_noisy(study, x, sigmas):
 
 @analysis(25, "matching")
 def matching(study, m=16):
-    """Fig. 20: σ̂ = ‖s‖/√n before and after matching, on noisy test pictures given another one's φ (as its
-    caption says) and inside Algorithm 1; and do samples share their target's layout (Fig. 7)?
+    """Fig. 20: σ̂ = ‖s‖/√n before and after matching, on noisy test pictures (its caption's; given another
+    one's φ: it names none) and inside Algorithm 1; and do samples share their target's layout (Fig. 7)?
 
     Layout: the correlation of pixels less their mean colour with the own target, less that with the others.
     Nulls. Layout: Algorithm 1 told the φ of an untrained network, three seeds, eight targets each. Noise
@@ -1009,10 +1009,12 @@ def matching(study, m=16):
 
 @analysis(14, "reconstruction", "unconditional")
 def reconstruction(study, samples=8):
-    """Fig. 7, 19: eight samples around two pictures (Algorithm 1), as many told the φ of an untrained
-    network, and 16 unconditional samples. It judges nothing: `matching` does.
+    """Fig. 7, 19: eight samples around two pictures (of two classes, if there are) by Algorithm 1, as many
+    told the φ of an untrained network, and 16 unconditional samples. It judges nothing: `matching` does.
     """
-    x, sheets = study.pictures(study.choose(2, 30)), []
+    first, *others = study.choose(len(study.x), 30)
+    second = next((i for i in others if study.labels[i] != study.labels[first]), others[0])
+    x, sheets = study.pictures([first, second]), []
     for begin, model, text in ((0, study.model, "told φ of the framed picture"), (
             0.4, borrowed(study.model, study.untrained[0]), "control: told φ of an untrained network")):
         found = algorithm_1(study, model, x, samples, 31, begin, begin + 0.4)[0]

@@ -5,10 +5,10 @@
     python sample.py ckpt.pt --mix a.png b.png --weights 0.7 0.3 # 0.7 φ(a) + 0.3 φ(b); else the mean φ
     python sample.py ckpt.pt --cluster clusters.npz:7            # the mean φ of a cluster of kmeans.py
     python sample.py ckpt.pt --unconditional 16                  # no target
-    python sample.py ckpt.pt --denoise photo.jpg --noise 0.2     # plain denoising, any size
+    python sample.py ckpt.pt --denoise photo.jpg --noise 0.2     # add noise, remove it; any size
 
 Targets are cropped as pictures are in training. samples.json, beside the sheet, holds the settings; for each
-target `phi_distance` (‖Δφ‖ to it; `_relative`: over the mean of two held-out pictures) and correlations of
+target `phi_distance` (‖Δφ‖ to it; `_relative`: over that of two held-out pictures) and correlations of
 pixels; and for each noise level what Algorithm 2 did: `first` and `least` loss, `gradients`, `converged`, and
 the estimated noise `sigma_before` and `sigma_after` matching.
 """
@@ -446,7 +446,8 @@ def arguments():
     add("checkpoint", help="written by train.py")
     add("targets", nargs="*", metavar="target", help="pictures; a panel each")
     add("--mix", nargs="+", metavar="PICTURE", help="the weighted mean φ of these pictures")
-    add("--weights", nargs="+", type=number(float, -100, 100), metavar="W", help="a number for each of --mix")
+    add("--weights", nargs="+", type=number(float, -100, 100), metavar="W",
+        help="one for each of --mix, divided by their sum (default: equal)")
     add("--cluster", metavar="FILE:N", help="the mean φ of 64 pictures of cluster N, of kmeans.py's file")
     add("--unconditional", type=number(int, 1, 10_000), metavar="N", help="N samples without a target")
     add("--denoise", metavar="PICTURE", help="denoise one picture of any size")

@@ -93,8 +93,8 @@ def centralise(model):
     """Take from the gradient of each 3×3 filter its mean over (c_in, 3, 3) (Yong et al. 2020).
 
     M's inputs are not negative, so a filter whose weights all move the same way moves its channel up or down
-    for every picture alike, as fast as Adam can, and LayerNorm cannot take that out. Without this line a part
-    of M's channels is on or off for all pictures after three to ten steps, and then for good (README).
+    for every picture alike, as fast as Adam can, and LayerNorm cannot take that out. Without this line, from
+    PyTorch's start, a part of M's channels is on or off for all pictures after ten steps, and then for good.
     """
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d):
@@ -117,10 +117,10 @@ def warm_up(epochs=None):
 
 
 def learning_rate(fraction, epochs=None):
-    """Adam's step size after a fraction of the run. It grows linearly to 1e-3 during the warm-up.
+    """Adam's step size after a fraction of the run; during the warm-up it grows from a thousandth of that.
 
     A.3, for runs of its 1000 epochs or more: 1e-3, halved every tenth. Shorter runs, which that would starve:
-    a linear fall to 0. epochs: the length of the run, None if only its minutes are known.
+    1e-3 falling linearly to 0 at the end. epochs: the length of the run, None if only its minutes are known.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
     if (epochs or 0) >= 1000:
@@ -135,7 +135,7 @@ def initialise(model, y, mean):
     y: (N, C, H, W), noisy: each channel of each LayerNorm and of each up-convolution gets mean 0 and variance
     1 over it. mean: (C,). With PyTorch's own start all channels of M are almost alike, and φ is a constant.
     The decoder's weights on the skips stay at 0 during the warm-up: the network can then denoise only through
-    M and learns to put the picture's gist there; with open skips it never finds a reason to (README). The
+    M and learns to put the picture's gist there; with open skips it does so far less (README: use of M). The
     output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
     steps: 300 steps of 32 photos then gave 21.9 dB at σ = 0.1, and 19.8 dB without.
     """

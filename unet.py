@@ -1,4 +1,4 @@
-"""The blind denoiser, its channel averages and its representation φ (paper A: §2.1, Eq. 2, App. A.1).
+"""The blind denoiser, its channel averages and its representation φ (paper A: §2.1, §2.3, Eq. 2, App. A.1).
 
     from unet import load_checkpoint, phi
     model, checkpoint = load_checkpoint("ckpt.pt")
