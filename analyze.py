@@ -317,6 +317,11 @@ def less_colour(x):
     return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1)
 
 
+def off_mps(v):
+    """v on a device that has float64 and eigenvalues: MPS has neither."""
+    return v.cpu() if v.device.type == "mps" else v
+
+
 def titled(text, image, width, size=22):
     """A picture with its title above."""
     return grid([caption(text, size, width), image], 1, 2)
@@ -1073,7 +1078,7 @@ def posterior_mean(y, sigma, x):
     The exact minimiser of Eq. 1 on a finite training set, a softmax of −‖y − x_i‖²/2σ²: memorisation itself.
     It is told σ; a blind network reads it off y, to one part in √(2D).
     """
-    flat, pictures = y.flatten(1).double(), x.flatten(1).double()
+    flat, pictures = (off_mps(v.flatten(1)).double() for v in (y, x))
     weights = (-torch.cdist(flat, pictures).square() / (2 * sigma ** 2)).softmax(1)            # (B, N)
     return (weights @ pictures).view(y.shape).to(y)
 
@@ -1108,7 +1113,8 @@ def compare_pair(study, pair, samples=32):
     mean = torch.tensor(study.checkpoint["mean"], device=study.device)
     for k, (model, x) in enumerate(pair):
         study.progress(k / 2, f"N = {N:,}")
-        sides = {"training": x[torch.randperm(len(x), generator=study.noise(58))[:512]], "held out": held}
+        chosen = torch.randperm(len(x), generator=seeded("cpu", study.seed, 58))[:512]
+        sides = {"training": x[chosen], "held out": held}
         for side, pictures in sides.items():
             ours = psnr_curve(lambda y, sigma: model.denoise(y), pictures, sigmas)
             exact = psnr_curve(lambda y, sigma: posterior_mean(y, sigma, x), pictures, sigmas)
@@ -1208,6 +1214,11 @@ def wiener(x):
     return lambda y, sigma: (mean + ((y.flatten(1) - mean) @ V.T * kept(sigma)) @ V).view(y.shape), kept, V.T
 
 
+def falling_eigh(S):
+    """Eigenvalues (m,), falling, and eigenvectors (m, m), in columns, of a symmetric S (m, m)."""
+    return tuple(v.flip(-1).to(S.device) for v in torch.linalg.eigh(off_mps(S)))
+
+
 def ritz(product, start, k):
     """The k largest eigenvalues, falling, and eigenvectors (D, k) of a symmetric operator, product(v (D,)).
 
@@ -1223,8 +1234,8 @@ def ritz(product, start, k):
                 break
         Q[j] = v / v.norm()
         SQ[j] = v = product(Q[j])
-    values, vectors = torch.linalg.eigh((SQ @ Q.T + Q @ SQ.T) / 2)
-    return values[-k:].flip(0), (Q.T @ vectors[:, -k:]).flip(1)
+    values, vectors = falling_eigh((SQ @ Q.T + Q @ SQ.T) / 2)
+    return values[:k], Q.T @ vectors[:, :k]
 
 
 def rows_of_jacobian(model, y, weights):
@@ -1250,7 +1261,7 @@ def jacobian_basis(model, y, k=64, full=1024, generator=None):
     f = lambda v: model.denoise(v.view(1, *y.shape)).flatten()
     if D <= full:
         J = torch.cat([rows_of_jacobian(model, y, part) for part in torch.eye(D).to(y).split(64)])
-        values, vectors = (v.flip(-1) for v in torch.linalg.eigh((J + J.T) / 2))
+        values, vectors = falling_eigh((J + J.T) / 2)
         trace, asymmetry, x_hat, Jy = J.trace(), (J - J.T).norm() / J.norm(), f(flat), J @ flat
     else:
         x_hat, pull = torch.func.vjp(f, flat)

@@ -236,10 +236,11 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
         y = torch.cat([x1 + sigma * z, x2 + sigma * z])                        # (2·draws, C, H, W)
         phi_c = torch.cat([target(sigma) for target in targets]).repeat_interleave(len(y), 0)
         x, level = guidance_step(model, torch.cat([y, y]), phi_c, tol, max_iters)
-        s1, s2 = ((model.denoise(x).double() - torch.cat([y, y])) / sigma ** 2).chunk(2)
-        d = (s1 - s2).square().sum((1, 2, 3)).cpu()
+        x_hat, y = model.denoise(x).cpu().double(), torch.cat([y, y]).cpu()    # no float64 on MPS
+        s1, s2 = ((x_hat - y) / sigma ** 2).chunk(2)
+        d = (s1 - s2).square().sum((1, 2, 3))
         integrand.append(sigma * (d[:draws] + d[draws:]))                      # E_p₁ + E_p₂, (draws,)
-        matched.append(level["converged"].double().mean().cpu())
+        matched.append(level["converged"].cpu().double().mean())
     values = integrate(torch.stack(integrand), sigmas)
     error = float(values.std() / math.sqrt(draws)) if draws > 1 else math.nan
     return float(values.mean()), error, torch.stack(integrand).mean(1), torch.stack(matched)

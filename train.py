@@ -174,20 +174,20 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
     describe(run)
     stopped, losses, saved_at, failure = False, [], time.monotonic(), None
     while run.fraction() < 1 and not stopped:
-        x, y, sigma = run.next_batch()
+        x, y, _ = run.next_batch()
         loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
                              skips_closed=run.skips_closed(), precision=flags["precision"],
                              stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
         if loss is not None:                   # a step cut short is dropped, and done again on --resume
             if not math.isfinite(loss):
-                raise UserError(f"step {run.step}, σ up to {sigma.max():.2f}: the loss is not finite; the "
-                                f"last save of {out} is as it was. Try another --seed or fp32")
+                raise UserError(f"step {run.step}: the loss is not finite; the last save of {out} is as it "
+                                "was. Try another --seed or fp32")
             run.step += 1
             losses.append(loss)
         # all processes take the latest clock for theirs, and stop if one of them is to
-        seconds, stopped = over_processes([run.seconds(), bool(stop())], run.device, dist.ReduceOp.MAX)
-        run.began = time.monotonic() - seconds
-        every = save_every or min(300, max(30, (seconds + run.progress.left(run.fraction())) / 12))
+        run.clock, stopped = over_processes([run.seconds(), bool(stop())], run.device, dist.ReduceOp.MAX)
+        run.began = time.monotonic() - run.clock
+        every = save_every or min(300, max(30, (run.clock + run.progress.left(run.fraction())) / 12))
         if stopped or run.fraction() >= 1 or time.monotonic() - saved_at > every:
             failure = run.save(losses, measured=not stopped)         # Ctrl-C and SIGTERM save at once
             losses, saved_at = [], time.monotonic()
@@ -199,7 +199,8 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
 class Run:
     """A training run: its network, optimiser, pictures and budget, and how far it has come.
 
-    step: steps of Adam done; seconds(): time spent, over all sessions; fraction(): of the budget, in [0, 1].
+    step: steps of Adam done; seconds(): time spent, over all sessions; clock: the same after the last step,
+    as all processes know it; fraction(): of the budget, by step and clock, in [0, 1].
     """
 
     def __init__(self, flags, out, device, resume, micro_batch, compiled):
@@ -233,14 +234,14 @@ class Run:
         self.total = min((math.ceil(n / flags["batch"]) for n in budgets if n), default=math.inf)
         self.limit = 60 * (flags["minutes"] or math.inf)   # it may end the run first: epochs are not known
         self.epochs = None if flags["minutes"] else self.total * flags["batch"] / len(self.rows)
-        self.began = time.monotonic() - elapsed
+        self.began, self.clock = time.monotonic() - elapsed, elapsed
         self.first, self.progress = self.step, Progress(self.fraction())
 
     def seconds(self):
         return time.monotonic() - self.began
 
-    def fraction(self, part=0):
-        return min(1.0, max((self.step + part) / self.total, self.seconds() / self.limit))
+    def fraction(self, part=0, clock=None):
+        return min(1.0, max((self.step + part) / self.total, (clock or self.clock) / self.limit))
 
     def rate(self):
         """Pictures a second, of this session."""
@@ -265,7 +266,7 @@ class Run:
         if "psnr" in found:
             psnr = " ".join(f"{v:.1f}" for sigma, v in found["psnr"].items() if sigma in (0.1, 0.5))
             text += f"  PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
-        self.progress(self.fraction(done / self.flags["batch"] * self.world), text)
+        self.progress(self.fraction(done / self.flags["batch"] * self.world, self.seconds()), text)
 
     def code_quality(self):
         """`variety` and class agreement, of training pictures too: few held-out *files* make many tiles."""
@@ -278,8 +279,9 @@ class Run:
         """Held-out PSNR, the use of M, and what φ is worth: a dict for the curve."""
         x = to_batch(self.pictures.x[self.held_out[:256]], self.device)
         psnr = evaluate(self.model, x, self.micro, self.flags["sigma_max"], self.flags["precision"])
-        between = torch.pdist(fixed_phi(self.model, x[:64]))
-        return dict(psnr=psnr, use=use_of_M(self.model, x[:128]), **self.code_quality(),
+        between = torch.pdist(fixed_phi(self.model, x[:64]).cpu())
+        return dict(psnr=psnr, use=use_of_M(self.model, x[:128], micro_batch=self.micro),
+                    **self.code_quality(),
                     phi_distance=float(between.mean()) if len(between) else None)
 
     def save(self, losses, measured=True):
@@ -408,16 +410,16 @@ SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
 def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32", sigmas=SIGMAS, swap_M=False):
     """Held-out PSNR at each σ ≤ sigma_max, {σ: 10 log₁₀(1 / mean squared error of x̂(x + σz)), in dB}.
 
-    x: (N, C, H, W); z is always the same. swap_M: every picture's M-maps are those of the one before it.
+    x: (N, C, H, W); z is always the same. swap_M: M-maps are those of the picture before.
     """
     psnr = {}
     for sigma in [s for s in sigmas if s <= sigma_max] or [sigma_max]:
         z = torch.randn(x.shape, generator=seeded(x.device, 3, round(1000 * sigma)), device=x.device)
-        error, parts = 0.0, math.ceil(len(x) / max(2, micro_batch))
-        for clean, y in zip(x.tensor_split(parts), (x + sigma * z).tensor_split(parts)):
+        y, error = x + sigma * z, 0.0
+        for clean, noisy, before in zip(*(v.split(micro_batch) for v in (x, y, y.roll(1, 0)))):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                maps, skips = model.encode(y)
-                x_hat = model.decode(maps.roll(1, 0) if swap_M else maps, skips)
+                maps, skips = model.encode(noisy)
+                x_hat = model.decode(model.encode(before)[0] if swap_M else maps, skips)
             error += (x_hat.float() - clean).square().sum().item()
         psnr[sigma] = -10 * math.log10(max(error, 1e-30) / x.numel())
     return psnr
@@ -1075,9 +1077,11 @@ def draw_evaluation(model, x, curve):
 
 # Speed
 
-def bench(flags, micro_batch, device, seconds=20):
+def bench(flags, micro_batch, device, compiled=False, seconds=20):
     """Print images/s of a training step, of a forward pass and of φ: medians of timings that take turns."""
     model, optimizer = new_network(flags, device)
+    if compiled:
+        model.compile()
     micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
     batch, size, precision = min(flags["batch"], 4 * micro), flags["size"], flags["precision"]
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, flags["channels"]), np.uint8)
@@ -1087,19 +1091,24 @@ def bench(flags, micro_batch, device, seconds=20):
         x, y, _ = noisy_batch(pixels, np.arange(batch), 0, 0, 1.0, device)
         training_step(model, optimizer, x, y, batch, micro, precision=precision)
 
+    @torch.no_grad()
+    def forward():
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            model(x)
+
     def rate(images, work):
         start = time.perf_counter()
         work()
         torch.zeros(1, device=device).item()   # waits for a GPU
         return images / (time.perf_counter() - start)
 
-    works = {"training step": (batch, step), "forward pass": (micro, torch.no_grad()(lambda: model(x))),
+    works = {"training step": (batch, step), "forward pass": (micro, forward),
              "phi": (micro, lambda: phi(model, x, 0.3))}
     rates, end = [], time.monotonic() + seconds
     while time.monotonic() < end or len(rates) < 3:
         rates.append([rate(*work) for work in works.values()])
     say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, micro-batch "
-        f"{micro}, {precision}, {device}")
+        f"{micro}, {precision}{', compiled' * compiled}, {device}")
     rates = np.median(rates, 0)
     for name, r in zip(works, rates):
         say(f"{name:13} {r:10.1f} images/s, {r / rates[1]:.2f} of the forward pass")
@@ -1180,8 +1189,9 @@ def complete_flags(given, resume=None, path=""):
 
 def choose_device(name):
     """A torch.device that works: the one named, or CUDA, MPS, CPU in this order. Raises UserError."""
-    cuda = torch.cuda.is_available() and f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = name or cuda or ("mps" if torch.backends.mps.is_available() else "cpu")
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                       # torchrun: one GPU a process
+    name = name or ("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -1193,6 +1203,8 @@ def join_processes(device):
     """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
     if missing := [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]:
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
+    if device.type == "mps":
+        raise UserError("torchrun: processes cannot meet on mps; --device cpu, or start without torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1216,7 +1228,7 @@ def main():
     given, stop = arguments(), []
     out, device = given["out"], choose_device(given["device"])
     if given["bench"]:
-        return bench(complete_flags(given), given["micro_batch"], device)
+        return bench(complete_flags(given), given["micro_batch"], device, given["compile"])
     if not out.endswith(".pt"):
         raise UserError(f"--out {out or repr(out)}: the name must end in .pt")
     resume = load_checkpoint(out)[1] if given["resume"] else None
