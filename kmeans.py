@@ -277,7 +277,8 @@ def separation(a, b):
 
 
 def pair_separations(code, labels, rng, pairs=100):
-    """`separation` of random pairs of groups of five points or more, no pair twice: (at most `pairs`, 2).
+    """`separation` of random pairs of groups of five points or more, no pair twice, and which pairs:
+    (at most `pairs`, 2) each.
 
     code: (n, d). labels: (n,) integers, −1: in no group. rng: a numpy Generator. Raises ValueError if there
     are fewer than two such groups.
@@ -287,8 +288,8 @@ def pair_separations(code, labels, rng, pairs=100):
         raise ValueError("fewer than two groups of five points")
     a, b = np.tril_indices(len(groups), -1)
     chosen = rng.choice(len(a), min(pairs, len(a)), replace=False)
-    return np.array([separation(code[labels == groups[i]], code[labels == groups[j]])
-                     for i, j in zip(a[chosen], b[chosen])])
+    chosen = groups[np.stack([a[chosen], b[chosen]], 1)]
+    return np.array([separation(code[labels == i], code[labels == j]) for i, j in chosen]), chosen
 
 
 def gaussian_like(code, seed):

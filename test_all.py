@@ -425,7 +425,7 @@ def test_kmeans_pairs_of_groups():
     labels = np.concatenate([np.repeat(np.arange(7), sizes), [-1] * 8])
     code = torch.from_numpy(np.append(place, 0.5))[labels][:, None] + 1e-3 * normal(len(labels), 1)
     every = np.sort([abs(p - q) for p, q in itertools.combinations(place[[0, 1, 3, 4, 5]], 2)])
-    draw = lambda seed, *most: kmeans.pair_separations(code, labels, np.random.default_rng(seed), *most)[:, 0]
+    draw = lambda seed, *most: kmeans.pair_separations(code, labels, np.random.default_rng(seed), *most)[0][:, 0]
     assert gap(np.sort(draw(0)), every) < 0.01
     few = np.array([abs(draw(s, 4)[:, None] - every).argmin(1) for s in range(100)])
     assert all(len(set(f)) == 4 for f in few)
@@ -1163,7 +1163,13 @@ def test_analyze_measures_by_hand():
     assert analyze.otsu(np.array([0.9, 0.1, 0.2, 0.8])) == 0.5
     assert abs(analyze.rank_correlation(np.array([1.0, 2, 2, 4]), np.array([1, 10, 10, 100.0])) - 1) < 1e-9
     assert abs(analyze.rank_correlation(np.array([1.0, 2, 3, 4]), np.array([1, 10, 5, 100.0])) - 0.8) < 1e-9
-    assert analyze.mean_se([1, 2, 3]) == (2, 1 / math.sqrt(3)) and analyze.beyond((1, math.nan)) is None
+    assert analyze.mean_se([1, 2, 3]) == pytest.approx((2, 1 / math.sqrt(3)))
+    assert analyze.mean_se([1, 2, 3, 1, 2, 3], [7, 5, 6, 7, 5, 6]) == pytest.approx((2, 1 / math.sqrt(3)))
+    assert math.isnan(analyze.mean_se([1, 2], [0, 0])[1]) and analyze.beyond((1, math.nan)) is None
+    members, pairs = normal(4000, 15, seed=2).numpy(), np.transpose(np.tril_indices(15, -1))
+    sums = members[:, pairs].sum(2)            # 4000 draws of 105 pairs, each the sum of its members' values
+    errors = [analyze.pairs_error(v, pairs) for v in sums[:200]]
+    assert np.sqrt(np.square(errors).mean()) == pytest.approx(sums.mean(1).std(), rel=0.15)
     assert analyze.beyond((-0.3, 0.1), -1) and not analyze.beyond((0.15, 0.1))
     noisy = np.arange(50.0) + 20 * normal(50).numpy()
     rho, sd, low, high = analyze.bootstrap(np.arange(50.0), noisy, np.random.default_rng(0))
@@ -1315,10 +1321,12 @@ def test_analyze_neighbours(tmp_path):
     assert out["agreement"]["φ"][0] == 1 and out["chance"] == pytest.approx(39 / 119)
     for space in "pixels", "pixels less their mean colour":
         assert abs(out["agreement"][space][0] - 1 / 3) < 0.12
-    assert out["subspace_gap"].mean() > 0.8 and verdicts(out) == "hhh"
+    assert out["subspace_gap"].max() > 0.9 and out["subspace_gap"].mean() > 0.5 and verdicts(out) == "hhh"
     assert verdicts(of([{0.3: code}] * 3, labels)) == "fff"        # the untrained network does as well
     bare = of(random_codes())
     assert verdicts(bare) == "nnh" and "no class labels" in bare["claims"][0]["rule"]
+    code = 3 * normal(5, 12, seed=3).abs()[np.arange(120) % 5] + 0.3 * normal(120, 12, seed=4)
+    assert verdicts(of(random_codes())) == "nnf"           # five clusters that spread alike in all directions
 
 
 def test_analyze_clusters(tmp_path, quick):
@@ -1720,7 +1728,7 @@ def test_regularity(tmp_path):
     assert [v["optimum"] for v in found] == pytest.approx([1 / 2, 2 / 3, 5 / 6])
     assert [v["slope"][0] for v in found[::2]] == pytest.approx([0, 1], abs=0.01)
     order = lambda: analyze.claim_on_slopes(found)
-    assert order()["verdict"] == "holds" and verdicts(found[0]) == verdicts(found[2]) == "f"
+    assert order()["verdict"] == "holds" and verdicts(found[0]) + verdicts(found[2]) == "nf"
     found[0]["slope"], found[2]["slope"] = found[2]["slope"], found[0]["slope"]
     assert order()["verdict"] == "fails"
 
