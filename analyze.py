@@ -70,7 +70,8 @@ class Study:
 
     x: (n, H, W, C) uint8. labels: (n,) class, −1: none. phi: {σ: (n, d) float32, CPU}, the σ that is analysed
     first. groups: (n,), alike for tiles of one picture: errors are over these. untrained: the network before
-    training, from several seeds; untrained_phi: their φ at the first two σ. training, held_out: pictures of either side of the checkpoint's split, if these are its pictures.
+    training, from several seeds; untrained_phi: their φ at the first two σ. training, held_out: pictures of
+    either side of the checkpoint's split, if these are its pictures.
     """
     model: UNet
     checkpoint: dict
@@ -207,8 +208,8 @@ def claim(text, place, paper, here, over, nulls, *, sign=1, effect=0.0, own=True
     """A sentence of the paper and its verdict: dict(claim, verdict, value, error, nulls, …).
 
     paper: what it says, in a word. here: (value, standard error over what `over` names). nulls: {name: values
-    of its replicates, computed alike}, not all of them NaN. own: whether the claim's own rule holds, None: cannot be told; `rule`
-    says it in words. It holds if `own` does and, for each null, the value is farther in the direction `sign`
+    of its replicates, computed alike}, not all of them NaN. own: whether the claim's own rule holds, None:
+    cannot be told; `rule` says it in words. It holds if `own` does and, for each null, the value is farther in the direction `sign`
     (0: in either) than the null's mean, by `effect` and by two combined standard deviations, and than each
     replicate.
     on_phi: it says something about φ. why: the reason if it is not to be judged at all.
@@ -323,7 +324,7 @@ def mean_se(v, groups=None):
 
 
 def pairs_error(v, pairs):
-    """Standard error of the mean of v (p,), of pairs (p, 2): values that share a member depend on each other."""
+    """Standard error of the mean of v (p,), of pairs (p, 2), which depend on each other if they share a member."""
     shared = (pairs[:, :, None, None] == pairs.T[None, None]).any((1, 2))                      # (p, p)
     v = v - v.mean()
     return float(math.sqrt(max(v @ shared @ v, v @ v)) / len(v)) if len(v) > 1 else math.nan
@@ -399,7 +400,8 @@ def sparsity(study):
         moves("PR falls from the input to the output of M", "Fig. 1, 10", "M", -1),
         moves("PR falls in the decoder blocks", "Fig. 1", "D", -1),
         moves("PR rises in the encoder blocks", "Fig. 1", "E", 1),
-        study.claim("φ's PR lies in 0.2–0.3", "§2.5, Fig. 1", "0.2–0.3", mean_se(of_phi, study.groups), "pictures",
+        study.claim("φ's PR lies in 0.2–0.3", "§2.5, Fig. 1", "0.2–0.3",
+                    mean_se(of_phi, study.groups), "pictures",
                     study.nulls(lambda v: ratio(v[study.sigma]).mean(), "untrained", "shuffled"), sign=0,
                     effect=0.02, own=0.2 <= of_phi.mean() <= 0.3,
                     rule="in the range, and not as with shuffled channels")]
@@ -567,9 +569,9 @@ def two_groups(code, target, size):
 def subspace_gap(code, targets, k=3):
     """How much better a group's own directions explain it than those of the group before, (targets,), ≤ 1.
 
-    Groups: each target and its nearest, 24 in all. Directions: k singular vectors of every second member, less
-    their part along the mean of these: that a group has a mean of its own makes a cluster, no subspace.
-    Explained: the share of ‖·‖² of the remaining members, less their part along the mean, in these directions.
+    Groups: each target and its nearest, 24 in all. Directions: k singular vectors of every second member,
+    less their part along the mean of these: that a group has a mean of its own makes a cluster, no subspace.
+    Explained: the share of ‖·‖² of the remaining members, less the same part, that lies in these directions.
     """
     near, halves, bases = nearest(code, targets, min(24, len(code) // 3) - 1), [], []
     for group in (code[np.append(t, g)].double() for t, g in zip(targets, near)):
@@ -613,8 +615,8 @@ def neighbours(study):
         study.claim("φ lies on a union of subspaces", "Fig. 5", "picture", mean_se(gaps), "groups",
                     study.nulls(lambda v: subspace_gap(v[study.sigma][chosen], targets).mean(), "untrained",
                                 "shuffled", "Gaussian"), effect=0.02, own=beyond(mean_se(gaps)),
-                    rule="energy of neighbours, beyond their mean, in their own three directions less that in "
-                    "another group's")]
+                    rule="energy of neighbours, beyond their mean, in their own three directions, less that "
+                    "in another group's")]
     sheets = [titled(f"nearest in {s} to the framed picture", panel(
         pixels[nearest(spaces[s], [query], 8)[0]], pixels[query, None], side=256), 790, 24)
               for query, _ in two_groups(code, targets[0], 2) for s in ("φ", "pixels")]
@@ -1469,8 +1471,8 @@ def regularity(study, parts=8):
         f"slope on {data} is {'below' if data == 'disc' else 'near'} the optimum {best:.2f}",
         "paper B, Fig. 4, 5", {1: ".46", 2: ".61", 3: ".75", 5: ".83", 1e9: "below 1"}.get(alpha, "–"), found,
         "parts", dict(Wiener=[float(slope(linear))]), effect=0.02, own=own if slope(linear) < far else None,
-        rule=f"dB of output per dB of input; {'by' if data == 'disc' else 'within'} 0.1, and above the linear "
-        "filter's, if that is not as near the optimum")]
+        rule=f"dB of output per dB of input; {'by' if data == 'disc' else 'within'} 0.1, and above the "
+        "linear filter's, if that is not as near the optimum")]
     numbers = dict(data=data, slope=found, optimum=best, linear=float(slope(linear)), sigmas=FIT,
                    psnr=np.mean(psnr, 0), linear_psnr=linear, claims=claims,
                    **(disc_jacobian(study) if data == "disc" else {}))
@@ -1490,7 +1492,7 @@ def claim_on_slopes(found):
     order = rank_correlation(np.array(best), np.array(here)), 0.0
     return claim("slopes rise with the regularity of the pictures", "paper B, Fig. 4, 5", "in order", order,
                  "kinds of pictures", {}, own=(np.diff(here) > 2 * np.hypot(error[1:], error[:-1])).all(),
-                 rule=f"rank correlation, of three kinds or more; each step above two standard errors; {each}")
+                 rule=f"rank correlation, of three kinds or more; each step beyond two errors; {each}")
 
 
 REGULARITY = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity; slopes of these curves against "

@@ -425,7 +425,8 @@ def test_kmeans_pairs_of_groups():
     labels = np.concatenate([np.repeat(np.arange(7), sizes), [-1] * 8])
     code = torch.from_numpy(np.append(place, 0.5))[labels][:, None] + 1e-3 * normal(len(labels), 1)
     every = np.sort([abs(p - q) for p, q in itertools.combinations(place[[0, 1, 3, 4, 5]], 2)])
-    draw = lambda seed, *most: kmeans.pair_separations(code, labels, np.random.default_rng(seed), *most)[0][:, 0]
+    draw = lambda seed, *most: kmeans.pair_separations(
+        code, labels, np.random.default_rng(seed), *most)[0][:, 0]
     assert gap(np.sort(draw(0)), every) < 0.01
     few = np.array([abs(draw(s, 4)[:, None] - every).argmin(1) for s in range(100)])
     assert all(len(set(f)) == 4 for f in few)
