@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import around, conditional_distance, guidance_step, noise_level, panel, sample_unconditional
 from train import (BLUE, GRAY, GREEN, ORANGE, RED, aliveness, bars, caption, choose_device, dots, draw_disc,
-                   evaluate, grid, initialise, input_psnr, is_synthetic, limits, line, load_picture,
-                   nearest, own_class, picture_rows, plot, rule, seeded, split, to_batch, to_image,
-                   training_data, training_part)
+                   evaluate, grid, initialise, input_psnr, is_synthetic, join_processes, limits, line,
+                   load_picture, nearest, own_class, picture_rows, plot, rule, seeded, split, to_batch,
+                   to_image, training_data, training_part)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 96               # pictures for what needs the whole network at many noise levels
@@ -209,9 +209,9 @@ def claim(text, place, paper, here, over, nulls, *, sign=1, effect=0.0, own=True
 
     paper: what it says, in a word. here: (value, standard error over what `over` names). nulls: {name: values
     of its replicates, computed alike}, not all of them NaN. own: whether the claim's own rule holds, None:
-    cannot be told; `rule` says it in words. It holds if `own` does and, for each null, the value is farther in the direction `sign`
-    (0: in either) than the null's mean, by `effect` and by two combined standard deviations, and than each
-    replicate.
+    cannot be told; `rule` says it in words. It holds if `own` does and, for each null, the value is farther
+    in the direction `sign` (0: in either) than the null's mean, by `effect` and by two combined standard
+    deviations, and than each replicate.
     on_phi: it says something about φ. why: the reason if it is not to be judged at all.
     """
     (value, error), ahead, shown, unknown = map(float, here), [], {}, own is None
@@ -324,7 +324,7 @@ def mean_se(v, groups=None):
 
 
 def pairs_error(v, pairs):
-    """Standard error of the mean of v (p,), of pairs (p, 2), which depend on each other if they share a member."""
+    """Standard error of the mean of v (p,), of pairs (p, 2): two that share a member depend on each other."""
     shared = (pairs[:, :, None, None] == pairs.T[None, None]).any((1, 2))                      # (p, p)
     v = v - v.mean()
     return float(math.sqrt(max(v @ shared @ v, v @ v)) / len(v)) if len(v) > 1 else math.nan
@@ -1762,7 +1762,8 @@ def prepare(flags, path, model, checkpoint, device):
     digest.update(np.ascontiguousarray(study.labels))
     key = dict(checkpoint=checkpoint["sha256"], pictures=digest.hexdigest(), draws=flags.draws,
                seed=flags.seed, sigmas=list(dict.fromkeys(flags.sigma)))
-    where = "other pictures" if not own else "training and held-out" if flags.data else "held out"
+    where = "training and held-out" if flags.data else "held out"
+    where = where if own else "built-in" if gone else "other pictures"
     return study, key, [pictures.paths[i] for i in rows], where
 
 
@@ -1815,6 +1816,8 @@ def analyse(flags, path, model, checkpoint, out, device, progress):
         done += function.share
         record["captions"] |= study.captions
         write_json(os.path.join(out, "results.json"), record)
+    drawn = lambda name: os.path.exists(os.path.join(out, name + ".png"))      # not deleted since
+    record["captions"] = {name: text for name, text in record["captions"].items() if drawn(name)}
     claims = lambda names: [c for name in names for c in record["analyses"].get(name, {}).get("claims", [])]
     write_page(out, f"What {os.path.basename(path)} represents", scale, alive_line(study.alive),
                claims(ANALYSES), record["captions"], dict(vars(flags), device=device))
@@ -1909,7 +1912,7 @@ def main():
         earlier_results(flags.out, ["networks.json", "index.html", "emergence.png", "regularity.png"],
                         dict(checkpoints=flags.checkpoint), flags.force)
     if "RANK" in os.environ:                   # started by torchrun; only CPU tensors are exchanged
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        join_processes(torch.device("cpu"), timeout=datetime.timedelta(days=7))
     for k, network in enumerate(networks):
         out = os.path.join(flags.out, stems[k] if len(networks) > 1 else "")
         results.append(analyse(flags, *network, out, device,

@@ -451,7 +451,7 @@ def arguments():
         help="one for each of --mix, divided by their sum (default: equal)")
     add("--cluster", metavar="FILE:N", help="the mean φ of 64 pictures of cluster N, of kmeans.py's file")
     add("--unconditional", type=number(int, 1, 10_000), metavar="N", help="N samples without a target")
-    add("--denoise", metavar="PICTURE", help="denoise one picture of any size")
+    add("--denoise", metavar="PICTURE", help="one picture of any size (about 0.5 GB a megapixel)")
     add("--noise", type=number(float, 0, 100), default=0.0, metavar="σ", help="with --denoise: noise to add")
     add("--samples", type=number(int, 1, 10_000), default=8, help="for each target (default: %(default)s)")
     add("--sigma-max", type=number(float, 0, 100), help="first noise level (default: the checkpoint's)")
@@ -495,6 +495,9 @@ def check(flags, checkpoint):
     if flags.sigma_max > checkpoint["sigma_max"]:
         say(f"warning: --sigma-max {flags.sigma_max:g}: the network has seen {checkpoint['sigma_max']:g}")
     if flags.save_each:
+        near = {os.path.dirname(os.path.realpath(path)) for path in [flags.out, *inputs] if path}
+        if os.path.realpath(flags.save_each) in near:
+            raise UserError(f"--save-each {flags.save_each}: holds --out or what is to be read; name another")
         os.makedirs(flags.save_each, exist_ok=True)
         if os.listdir(flags.save_each) and not flags.force:
             raise UserError(f"--save-each {flags.save_each}: is not empty; --force writes into it")

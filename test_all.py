@@ -692,6 +692,7 @@ def test_minutes_and_lengthening(shelf, tmp_path):
     flags, out = {**FLAGS, "data": str(shelf / "tiny.npy"), "minutes": 0.005}, str(tmp_path / "a.pt")
     late = train.Run({**flags, "minutes": 1e-9}, out, torch.device("cpu"), None, None, False)
     assert late.seconds() > late.limit and late.fraction() == 0            # until they have agreed on a clock
+    assert not train.train(flags, out, stop=lambda: True) and not os.path.exists(out)      # nothing to save
     assert train.train(flags, out)
     saved = load_checkpoint(out)[1]
     given = {**dict.fromkeys(train.COMMON | train.PAPER), "minutes": 2 * saved["elapsed"] / 60}
@@ -724,7 +725,7 @@ def test_full_disk_and_bad_weights(shelf, tmp_path, cli):
     assert code == 2 and f"{out}: could not be written (file too large)" in text and text.count("\n") == 1
     resume = load_checkpoint(out)[1]
     resume["weights"]["blocks.M.0.bias"][:] = resume["weights"]["blocks.D1.15.weight"][:] = 1e38
-    with pytest.raises(UserError, match="step 2, σ up to .*not finite"):
+    with pytest.raises(UserError, match="step 2: the loss is not finite"):
         train.train({**resume["flags"], "pictures": 80}, str(out), resume=resume)
     assert out.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
@@ -825,6 +826,8 @@ def test_split_depends_on_pictures_and_seed_alone(tmp_path):
         few, more = (train.training_part(a, rows, "first", n, seed) for n in (5, 9))
         assert len(few) == 5 and list(more[:5]) == list(few)
     assert a.fingerprint == b.fingerprint and len(held) > 10       # the seed matters
+    np.save(tmp_path / "two.npy", x[:2])
+    assert len(train.split(train.load_pictures(str(tmp_path / "two.npy"), 8), 0.9)[0]) == 1
 
 
 def test_arrays(tmp_path):
@@ -1525,12 +1528,23 @@ def test_analyze_command_line(cli, tmp_path, monkeypatch, quick):
     # a rerun of one analysis: its claims alone are printed, φ is not computed again, the rest is kept
     monkeypatch.setattr(analyze, "compute_phi", None)
     (tmp_path / "stability.png").write_bytes(b"kept")
+    (tmp_path / "matching.png").unlink()       # nor can the page show what is gone
     code, text = cli(f"{line} --only sparsity")
     assert code == 0 and "PR falls" in text and "clusters" not in text
     again = json.loads((tmp_path / "results.json").read_text())["analyses"]
     assert set(again) == set(record["analyses"]) and again["sparsity"] == record["analyses"]["sparsity"]
     assert (tmp_path / "stability.png").read_bytes() == b"kept"
     assert "exists: --force" in cli(f"{line} --seed 1")[1]         # other settings
+
+
+def test_rank_without_torchrun(cli, tmp_path, monkeypatch):
+    # a variable left over from another program gives a traceback, or silences a script
+    for rank in "", "1":
+        monkeypatch.setenv("RANK", rank)
+        for line in "analyze.py c.pt", "train.py --data data":
+            code, text = cli(f"{line} --out {tmp_path}/new.pt --device cpu")
+            assert code == 2 and "start with torchrun" in text and not list(tmp_path.glob("new*"))
+        assert "wrote" in cli(f"kmeans.py x.npy --K 3 --out {tmp_path}/{rank}k.npz --device cpu")[1]
 
 
 def test_analyze_several_networks_and_corners(cli, tmp_path, quick):
@@ -1608,6 +1622,8 @@ NaN or infinite values, first in row 0 | kmeans.py nan.npy
 not the file of the points | kmeans.py phi.npz --out link.npz --force
 is also to be read | sample.py c.pt --out dark.png dark.png --force
 --save-each data: is not empty | sample.py c.pt --save-each data dark.png
+holds --out or what is to be read | sample.py c.pt --save-each . dark.png --force
+whose pictures its .png would join | {TINY} --data data --out data/a.pt | {TINY} --data . --out a.pt
 cannot be read | sample.py c.pt none.png | sample.py c.pt text.png | sample.py c.pt --mix dark.png half.png
 as many numbers, and not of sum 0 | sample.py c.pt --mix a b --weights 1 -1
 or one of | sample.py c.pt dark.png --mix light.png | sample.py c.pt dark.png --unconditional 3

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import time
 import warnings
@@ -188,7 +189,8 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
         run.clock, stopped = over_processes([run.seconds(), bool(stop())], run.device, dist.ReduceOp.MAX)
         run.began = time.monotonic() - run.clock
         every = save_every or min(300, max(30, (run.clock + run.progress.left(run.fraction())) / 12))
-        if stopped or run.fraction() >= 1 or time.monotonic() - saved_at > every:
+        begun = run.step > run.first           # a run stopped before its first step leaves all as it was
+        if (stopped and begun) or run.fraction() >= 1 or time.monotonic() - saved_at > every:
             failure = run.save(losses, measured=not stopped)         # Ctrl-C and SIGTERM save at once
             losses, saved_at = [], time.monotonic()
     if failure:
@@ -208,7 +210,8 @@ class Run:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.pictures, self.rows, held_out = training_data(flags)
         if resume and resume["fingerprint"] != self.pictures.fingerprint:
-            raise UserError(f"--data {flags['data']}: these are not the pictures that {out} was trained on")
+            raise UserError(f"--data {flags['data']}: these are not the pictures that {out} was trained on; "
+                            "were some added (a .png of ours?) or removed?")
         self.held_out = np.random.default_rng((seed, 4)).permutation(held_out)
         self.mean = (self.pictures.x[self.rows[:10_000]].mean((0, 1, 2)) / 255).tolist()  # the mean colour m
         torch.manual_seed(seed)                # the same weights on every process
@@ -338,11 +341,12 @@ def describe(run):
 
 def conclude(run):
     """Say at the end how it went and what comes next; True if the run is complete."""
-    complete, out, found = run.fraction() >= 1, run.out, run.summary
+    complete, found, out = run.fraction() >= 1, run.summary, shlex.quote(run.out)
     done = f"{run.step} steps, {run.step * run.flags['batch']:,} pictures, {duration(run.seconds())}"
-    if run.step == run.first and complete:
-        say(f"{out}: already complete ({done}); a larger --pictures, --epochs or --minutes makes it longer")
-        return True
+    if run.step == run.first:
+        say(f"{out}: already complete ({done}); a larger --pictures, --epochs or --minutes makes it longer"
+            if complete else "stopped before the first step; nothing was written")
+        return complete
     say(f"{'complete' if complete else 'stopped'} after {done}")
     if "psnr" in found:
         psnr, use = (", ".join(f"{v:.2f} dB (σ {s:g})" for s, v in found[k].items()) for k in ("psnr", "use"))
@@ -351,7 +355,7 @@ def conclude(run):
             f"{found['silent']} channels silent")
         if found["agreement"] is not None:
             say(f"class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
-    say(f"wrote {out}, {out[:-3]}.jsonl, {out[:-3]}.png; " + (
+    say(f"wrote {run.out}, .jsonl{' and .png' * ('psnr' in found)} beside it; " + (
         f"next: python sample.py {out}; python analyze.py {out}" if complete else
         f"go on with: python train.py --out {out} --resume"))
     return complete
@@ -605,7 +609,11 @@ def decode_pictures(items, names, size, channels, patches):
 def list_files(folder, extensions):
     """All files below a folder with one of the extensions in any case, sorted; links are followed once."""
     found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    def unreadable(error):
+        if isinstance(error, PermissionError):             # a whole class may lie there
+            raise UserError(f"--data {folder}: {error.filename} cannot be read") from None
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(folders)         # a link may lead back up
         if real not in seen:
@@ -701,7 +709,7 @@ def split(pictures, val=0.05, seed=0):
     to be held out stays in training. Raises UserError if that leaves none.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
-    room = min(max(1, round(val * len(pictures.x))), 2000)
+    room = min(max(1, round(val * len(pictures.x))), 2000, len(pictures.x) - 1)
     held_out, train = [], []
     for group in members if len(members) > 1 else ():
         fits = len(group) <= room
@@ -1199,15 +1207,15 @@ def choose_device(name):
     return torch.device(name)
 
 
-def join_processes(device):
+def join_processes(device, **options):
     """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
-    if missing := [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]:
+    if missing := [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(v)]:
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
     if device.type == "mps":
         raise UserError("torchrun: processes cannot meet on mps; --device cpu, or start without torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
 def stop_on_signal(stop):
@@ -1238,6 +1246,9 @@ def main():
         raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
     check_outputs([out[:-3] + end for end in (".pt", ".jsonl", ".png")], bool(resume) or given["force"])
     flags = complete_flags(given, resume, out)
+    if not resume and flags["data"] and Path(out).resolve().is_relative_to(Path(flags["data"]).resolve()):
+        raise UserError(f"--out {out}: lies in --data {flags['data']}, whose pictures its .png would join; "
+                        "name another folder")
     if "RANK" in os.environ:
         join_processes(device)
     if given["data"] is None and not resume:

@@ -17,6 +17,7 @@ import io
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 import zipfile
@@ -199,8 +200,12 @@ def check_outputs(paths, force=False):
         folder = os.path.dirname(target)
         if os.path.isdir(target):
             raise UserError(f"--out {path or repr(path)}: must name a file, not a folder")
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--out {path}: there is no folder {folder}, or it is not writable")
+        try:                                              # what the folder's rights say is no proof
+            open(f"{target}.{os.getpid()}.tmp", "xb").close()
+            os.remove(f"{target}.{os.getpid()}.tmp")
+        except OSError as error:
+            why = error.strerror.lower() if os.path.isdir(folder) else f"there is no folder {folder}"
+            raise UserError(f"--out {path}: cannot be written ({why})") from None
         if os.path.exists(target) and not force:
             raise UserError(f"{path} exists: --force overwrites it, --out names another")
 
@@ -233,7 +238,7 @@ def on_terminal():
 
 def say(text, end="\n"):
     """Print a line in place of the status line. Whatever happens to standard output, the work goes on."""
-    if int(os.environ.get("RANK", 0)):                     # under torchrun, the first process speaks
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():   # torchrun: the first one speaks
         return
     try:
         print("\r\033[K" * on_terminal() + printable(text), end=end, flush=True)
@@ -273,7 +278,8 @@ class Progress:
         if fraction > self.begun and now - self.shown > (0.5 if terminal else 15):
             self.shown = now
             line = f"{duration(self.left(fraction))} left  {100 * fraction:3.0f} %  {text}"
-            say(line[:79] if terminal else line, end="" if terminal else "\n")
+            width = shutil.get_terminal_size().columns - 1 if terminal else None
+            say(line[:width], end="" if terminal else "\n")
 
 
 class Parser(argparse.ArgumentParser):
