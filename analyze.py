@@ -1005,8 +1005,8 @@ def matching(study, m=16):
 
     Layout: the correlation of pixels less their mean colour with the own target, less that with the others.
     Nulls. Layout: Algorithm 1 told the φ of an untrained network, three seeds, the same eight targets and
-    noise; the error is that of the difference. Noise
-    level: a random step as long as matching's; comparable only where one of the two steps changes σ̂.
+    noise; the error is that of the difference. Noise level: a random step as long as matching's; comparable
+    only where one of the two steps changes σ̂.
     """
     chosen = study.choose(m, 27)
     x = study.pictures(chosen)
@@ -1351,10 +1351,10 @@ def harmonics(study, pictures=4):
     ranks_, most = [max(1, round(v["trace"])) for v in here], min(len(v["values"]) for v in (*here, linear))
 
     def measured(bases):                                   # one a picture -> (2, pictures)
-        squares = list(map(coefficients, x, bases))
-        return np.array([[c[:min(k, most)].sum() for c, k in zip(squares, ranks_)],
-                         [rank_correlation(v["values"][:min(200, most)].cpu().numpy(), c[:min(200, most)])
-                          for c, v in zip(squares, bases)]])
+        squares = [coefficients(u, basis)[:most] for u, basis in zip(x, bases)]
+        return np.array([[c[:k].sum() for c, k in zip(squares, ranks_)],
+                         [rank_correlation(basis["values"][:most][:200].cpu().numpy(), c[:200])
+                          for c, basis in zip(squares, bases)]])
 
     own, fixed = measured(here), measured([linear] * len(x))
     claims = claims_on_basis(own - fixed, {

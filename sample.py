@@ -233,11 +233,10 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
     targets = [target_phi(model, x[None], draws=phi_draws, generator=generator) for x in (x1, x2)]
     sigmas, integrand, matched = torch.as_tensor(sigmas, dtype=torch.float64), [], []
     for sigma in sigmas.tolist():
-        y = torch.cat([x1 + sigma * z, x2 + sigma * z])                        # (2·draws, C, H, W)
-        phi_c = torch.cat([target(sigma) for target in targets]).repeat_interleave(len(y), 0)
-        x, level = guidance_step(model, torch.cat([y, y]), phi_c, tol, max_iters)
-        x_hat, y = model.denoise(x).cpu().double(), torch.cat([y, y]).cpu()    # no float64 on MPS
-        s1, s2 = ((x_hat - y) / sigma ** 2).chunk(2)
+        y = torch.cat(2 * [x1 + sigma * z, x2 + sigma * z])                    # (4·draws, C, H, W)
+        phi_c = torch.cat([target(sigma) for target in targets]).repeat_interleave(2 * draws, 0)
+        x, level = guidance_step(model, y, phi_c, tol, max_iters)
+        s1, s2 = ((model.denoise(x).cpu().double() - y.cpu()) / sigma ** 2).chunk(2)       # MPS: no float64
         d = (s1 - s2).square().sum((1, 2, 3))
         integrand.append(sigma * (d[:draws] + d[draws:]))                      # E_p₁ + E_p₂, (draws,)
         matched.append(level["converged"].cpu().double().mean())

@@ -175,7 +175,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
     describe(run)
     stopped, losses, saved_at, failure = False, [], time.monotonic(), None
     while run.fraction() < 1 and not stopped:
-        x, y, _ = run.next_batch()
+        x, y = run.next_batch()
         loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
                              skips_closed=run.skips_closed(), precision=flags["precision"],
                              stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
@@ -256,12 +256,13 @@ class Run:
         return not opened and self.fraction() < warm_up(self.epochs)
 
     def next_batch(self):
-        """x, y, sigma of this process's share of the next batch; Adam's rate is set for it."""
+        """x, y of this process's share of the next batch; Adam's rate is set for it."""
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.fraction(), self.epochs)
         batch, seed, sigma_max = (self.flags[k] for k in ("batch", "seed", "sigma_max"))
         rows = batch_rows(self.rows, self.step, batch, seed)
         share = slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
-        return (v[share] for v in noisy_batch(self.pictures.x, rows, self.step, seed, sigma_max, self.device))
+        x, y, _ = noisy_batch(self.pictures.x, rows, self.step, seed, sigma_max, self.device)
+        return x[share], y[share]
 
     def show(self, done):
         """Status line after `done` of this process's share of a step."""
@@ -608,11 +609,11 @@ def decode_pictures(items, names, size, channels, patches):
 
 def list_files(folder, extensions):
     """All files below a folder with one of the extensions in any case, sorted; links are followed once."""
-    found, seen = [], set()
     def unreadable(error):
         if isinstance(error, PermissionError):             # a whole class may lie there
             raise UserError(f"--data {folder}: {error.filename} cannot be read") from None
 
+    found, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(folders)         # a link may lead back up

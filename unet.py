@@ -193,6 +193,11 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).requires_grad_().eval(), checkpoint
 
 
+def temporary_name(target):
+    """The file beside `target` that `write` fills first, this process's own."""
+    return f"{target}.{os.getpid()}.tmp"
+
+
 def check_outputs(paths, force=False):
     """Before the work: UserError if one of these files could not be written, or exists without `force`."""
     for path in paths:
@@ -201,8 +206,8 @@ def check_outputs(paths, force=False):
         if os.path.isdir(target):
             raise UserError(f"--out {path or repr(path)}: must name a file, not a folder")
         try:                                              # what the folder's rights say is no proof
-            open(f"{target}.{os.getpid()}.tmp", "xb").close()
-            os.remove(f"{target}.{os.getpid()}.tmp")
+            open(temporary_name(target), "xb").close()
+            os.remove(temporary_name(target))
         except OSError as error:
             why = error.strerror.lower() if os.path.isdir(folder) else f"there is no folder {folder}"
             raise UserError(f"--out {path}: cannot be written ({why})") from None
@@ -217,7 +222,7 @@ def write(path):
     A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it.
     """
     target = os.path.realpath(path)
-    temporary = f"{target}.{os.getpid()}.tmp"
+    temporary = temporary_name(target)
     try:
         with open(temporary, "wb") as file:
             yield file
