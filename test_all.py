@@ -692,7 +692,8 @@ def test_minutes_and_lengthening(shelf, tmp_path):
     flags, out = {**FLAGS, "data": str(shelf / "tiny.npy"), "minutes": 0.005}, str(tmp_path / "a.pt")
     late = train.Run({**flags, "minutes": 1e-9}, out, torch.device("cpu"), None, None, False)
     assert late.seconds() > late.limit and late.fraction() == 0            # until they have agreed on a clock
-    assert not train.train(flags, out, stop=lambda: True) and not os.path.exists(out)      # nothing to save
+    for every in None, 1e-9:                   # nothing to save, though it be time
+        assert not train.train(flags, out, stop=lambda: True, save_every=every) and not os.path.exists(out)
     assert train.train(flags, out)
     saved = load_checkpoint(out)[1]
     given = {**dict.fromkeys(train.COMMON | train.PAPER), "minutes": 2 * saved["elapsed"] / 60}

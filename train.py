@@ -190,7 +190,7 @@ def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=Fals
         run.began = time.monotonic() - run.clock
         every = save_every or min(300, max(30, (run.clock + run.progress.left(run.fraction())) / 12))
         begun = run.step > run.first           # a run stopped before its first step leaves all as it was
-        if (stopped and begun) or run.fraction() >= 1 or time.monotonic() - saved_at > every:
+        if run.fraction() >= 1 or begun and (stopped or time.monotonic() - saved_at > every):
             failure = run.save(losses, measured=not stopped)         # Ctrl-C and SIGTERM save at once
             losses, saved_at = [], time.monotonic()
     if failure:
