@@ -1,165 +1,152 @@
-"""Draw pictures that share a target's φ: Algorithms 1 and 2, and what follows (paper A: §3, App. C).
+"""Draw pictures that share a target's φ: Algorithms 1 and 2 (paper A: §3, App. C).
 
-    python sample.py ckpt.pt photo.jpg                           # eight samples around it -> samples.png
-    python sample.py ckpt.pt                                     # four held-out pictures are the targets
-    python sample.py ckpt.pt --mix a.png b.png --weights 0.7 0.3 # 0.7 φ(a) + 0.3 φ(b); else the mean φ
-    python sample.py ckpt.pt --cluster clusters.npz:7            # the mean φ of a cluster of kmeans.py
-    python sample.py ckpt.pt --unconditional 16                  # no target
-    python sample.py ckpt.pt --denoise photo.jpg --noise 0.2     # add noise, remove it; any size
+  python sample.py ckpt.pt cat.jpg                         # eight like it
+  python sample.py ckpt.pt                                 # like four held-out ones
+  python sample.py ckpt.pt --mix a.png b.png --weights 7 3       # .7 φ(a) + .3 φ(b)
+  python sample.py ckpt.pt --cluster clusters.npz:7        # the mean φ of a cluster
+  python sample.py ckpt.pt --unconditional 16              # no target
+  python sample.py ckpt.pt --denoise cat.jpg --noise 0.2   # a picture of any size
 
-Targets are cropped as pictures are in training. samples.json, beside the sheet, holds the settings; for each
-target `phi_distance` (‖Δφ‖ to it; `_relative`: over that of two held-out pictures) and correlations of
-pixels; and for each noise level what Algorithm 2 did: `first` and `least` loss, `gradients`, `converged`, and
-the estimated noise `sigma_before` and `sigma_after` matching.
+It writes samples.png and samples.json. A sample depends on its seed; in its last
+digits, and at times visibly, on the batch, the number of threads and the device.
 """
 import json
 import math
 import os
+import time
+from types import SimpleNamespace
+from typing import NamedTuple
 
-from unet import Parser, Progress, UserError, check_outputs, load_checkpoint, number, phi, run, say, write
+from unet import (Parser, Progress, UserError, average_M, check_outputs, choose_device, duration,
+                  explain, fixed_phi, grid, load_checkpoint, number, phi, run, say, seeded, titled, to_batch,
+                  to_image, write)
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
-from train import (ORANGE, builtin_pictures, caption, choose_device, fixed_phi, grid, load_picture, seeded,
-                   to_batch, to_image, training_data)
+from train import builtin_pictures, load_picture, psnr, training_data, untrained_network
+
+STEPS = 25                                # noise levels of Algorithm 1, and gradients at each of them: with 40
+MAX_GRADIENTS = 20                        # and 200, samples are hardly closer to the target (README: sampling)
+SAMPLE_NOISE, TARGET_NOISE = 1, 2         # random streams of a seed
 
 
 # §3, Algorithm 2
 
-def guidance_step(model, x, phi_c, tol=0.01, max_iters=200, memory=6):
-    """Algorithm 2: move the pictures x (N, C, H, W) until L = ‖φ(x) − φ_c‖² is below tol × its first value.
+class Matching(NamedTuple):
+    """What Algorithm 2 did to each picture, (N,) each."""
+    first: torch.Tensor        # L before
+    least: torch.Tensor        # L of the picture that is returned
+    gradients: torch.Tensor    # how many steps it made
+    converged: torch.Tensor    # did L fall to `tol` times its first value?
 
-    phi_c: (N, d) or (1, d). Returns each picture where its L was least, and a dict of (N,) tensors: `first`
-    and `least` L, the number of `gradients`, `converged`. Each picture stops on its own.
 
-    Printed, ∇L = (φ_c − φ(x))ᵀ∇φ is subtracted, which climbs; the gradient is 2 (φ(x) − φ_c)ᵀ∇φ. The step is
-    Polyak's for a loss whose minimum is 0, η = L/‖∇L‖² for each picture: it has no parameter and follows the
-    gradient's size, which differs a hundredfold between noise levels; no step is longer than 0.1 r.m.s. What
-    makes it fast is in `Memory`; memory=0 leaves it out.
+@torch.enable_grad()
+def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory=None):
+    """Algorithm 2: move each picture of x until L = ‖φ(x) − φ_c‖² is at most `tol` times its first value.
+
+    x: (N, C, H, W). phi_c: (N, d) or (1, d). memory: a fresh `Memory`, or None for the algorithm as printed.
+    Returns each picture where its L was least, and a `Matching`. Each picture stops for itself.
+
+    As printed, ∇L = (φ_c − φ(x))ᵀ∇φ is subtracted, which climbs; the gradient is 2 (φ(x) − φ_c)ᵀ∇φ. The paper
+    leaves the learning rate open. Here η = L/‖∇L‖², Polyak's for a loss whose least value is 0: it needs no
+    tuning, although the gradient's size differs a hundredfold between noise levels.
     """
-    x, phi_c, past = x.detach().clone(), phi_c.expand(len(x), -1), Memory(memory)
-    best, least, moving = x.clone(), x.new_full((len(x),), math.inf), torch.arange(len(x), device=x.device)
-    gradients = torch.zeros_like(moving)
-    for iteration in range(max_iters + 1):
-        x_t = x[moving].requires_grad_()                                       # (n, C, H, W)
-        with torch.enable_grad():
-            phi_t = never_alone(lambda y: model.encode(y)[0].mean((2, 3)), x_t)            # φ(x_t), (n, d)
-        r = phi_t.detach() - phi_c[moving]
-        L = r.square().sum(1)                                                  # ‖φ(x_t) − φ_c‖²
+    gradients = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for iteration in range(max_gradients + 1):
+        x = x.detach().requires_grad_()                   # (N, C, H, W)
+        phi_t = average_M(model, x)                       # φ(x_t), (N, d)
+        residual = (phi_t - phi_c).detach()
+        loss = residual.square().sum(1)                   # L(x_t) = ‖φ(x_t) − φ_c‖², (N,)
         if iteration == 0:
-            first = L
-        better = L < least[moving]
-        best[moving[better]], least[moving[better]] = x[moving[better]], L[better]
-        unmet = least[moving] > tol * first[moving]                            # (n,)
-        if iteration == max_iters or not unmet.any():
-            return best, dict(first=first, least=least, gradients=gradients, converged=least <= tol * first)
-        jump, rest, damping = past.extrapolate(r, L)                           # with no memory: 0, r, 1
-        grad, = torch.autograd.grad(phi_t, x_t, 2 * rest)                      # 2 restᵀ∇φ: ∇L, if rest is r
-        eta = damping * rest.square().sum(1) / grad.square().sum((1, 2, 3)).clamp(min=1e-30)
-        step = past.remember(jump - eta[:, None, None, None] * grad, r, L, unmet)                # −η∇L
-        moving = moving[unmet]
-        x[moving] += step
-        gradients[moving] += 1
+            first, least, best = loss, loss, x.detach()
+        best = torch.where(per_picture(loss < least), x.detach(), best)
+        least = torch.minimum(loss, least)
+        unmet = least > tol * first                       # (N,)
+        if iteration == max_gradients or not unmet.any():
+            return best, Matching(first, least, gradients, ~unmet)
+
+        jump, left = 0, residual
+        if memory is not None:
+            jump, left = memory.extrapolate(residual)     # what past steps can remove without a gradient
+        gradient, = torch.autograd.grad(phi_t, x, 2 * left)                    # ∇L, if all of it is left
+        eta = left.square().sum(1) / square_norm(gradient)
+        step = limit(jump - per_picture(eta) * gradient)
+        if memory is not None:
+            memory.remember(step, residual)
+        x = x + per_picture(unmet) * step                 # x_t ← x_t − η ∇L(x_t)
+        gradients += unmet
 
 
-class Memory:
-    """What makes Algorithm 2 fast: the last steps ΔX of each picture and the changes ΔΦ of φ they caused.
-
-    A combination of them, which costs no gradient, first removes what it can of r = φ(x) − φ_c, as in
-    Anderson acceleration and GMRES; the gradient step removes the rest, with 0.3 η: after the jump the full
-    one goes too far. Far from φ_c, where φ is not nearly linear in x, jumps walk off: there are none after a
-    step that raised L, nor after 25 gradients. (80 pictures, each to take the φ of another one: all do, in
-    12 gradients instead of 17; with twenty steps kept throughout, 63 do. In Algorithm 1: 12, not 36 to 50.)
-    """
-
-    def __init__(self, size):
-        self.size, self.steps_left, self.past, self.last = size, 25, [], None  # past: pairs (ΔX, ΔΦ)
-
-    def extrapolate(self, r, L):
-        """(the jump −ΔX c, the rest r − ΔΦ c, η's factor); c = argmin ‖r − ΔΦ c‖², with a small ridge."""
-        if not self.size or not self.steps_left or self.last is None:
-            return 0, r, 1
-        step, r_before, L_before = self.last
-        self.past = (self.past + [(step, r - r_before)])[-self.size:]
-        dx, dphi = (torch.stack(v, -1) for v in zip(*self.past))               # (n, C, H, W, k), (n, d, k)
-        length = dphi.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        A = dphi / length
-        ridge = 0.01 * torch.eye(A.shape[2], dtype=r.dtype, device=r.device)
-        AA = (A[:, :, :, None] * A[:, :, None]).sum(1)     # AᵀA; `@` rounds by the number of pictures
-        c = torch.linalg.solve(AA + ridge, A.mT @ r[:, :, None])               # (n, k, 1)
-        c = c * (L <= L_before)[:, None, None]                                 # a step that raised L misleads
-        return -(dx * (c.mT / length)[:, :, None, None]).sum(-1), r - (A @ c)[:, :, 0], 0.3
-
-    def remember(self, step, r, L, unmet):
-        """The steps (n, C, H, W) of the rows `unmet`, (n,), cut to 0.1 r.m.s.; kept for the next jump."""
-        rms = step.square().mean((1, 2, 3), keepdim=True).sqrt()
-        step = (step * (0.1 / rms.clamp(min=1e-30)).clamp(max=1))[unmet]
-        self.past = [(dx[unmet], dphi[unmet]) for dx, dphi in self.past]
-        self.last, self.steps_left = (step, r[unmet], L[unmet]), max(0, self.steps_left - 1)
-        return step
+def limit(step, rms=0.1):
+    """The step, cut to a root mean square of 0.1: longer ones leave the region where φ is nearly linear."""
+    length = (square_norm(step) / step[0].numel()).sqrt()
+    factor = (rms / length).clamp(max=1)
+    return step * per_picture(factor)
 
 
-def never_alone(f, x):
-    """f(x), with a lone row x (1, …) computed as one of two: alone it is rounded in another way (CPU).
+def per_picture(values):
+    """(N,) -> (N, 1, 1, 1), which multiplies pictures."""
+    return values.reshape(-1, 1, 1, 1)
 
-    Matching amplifies the 1e-6 to 7/255 in ten levels. Batches of two and more agree to the bit.
-    """
-    return f(x if len(x) > 1 else torch.cat([x, x]))[:len(x)]
+
+def square_norm(x):
+    """‖x‖² of each picture, (N,)."""
+    return x.square().sum((1, 2, 3)).clamp(min=1e-30)
 
 
 # §3, Algorithm 1
 
+class Level(NamedTuple):
+    """What happened at one noise level of Algorithm 1, σ_T … σ_1; all but `sigma` are (N,)."""
+    sigma: float
+    sigma_before: torch.Tensor     # σ̂ before matching
+    sigma_after: torch.Tensor      # and after it (Fig. 20)
+    first: torch.Tensor            # as in Matching
+    least: torch.Tensor
+    gradients: torch.Tensor
+    converged: torch.Tensor
+
+
 @torch.no_grad()
-def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_iters=200,
-                progress=lambda *_: None):
+def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_gradients=MAX_GRADIENTS,
+                accelerate=True, progress=lambda *_: None):
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
     target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
-    sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample; on a CPU sample i depends on generator
-    i and on its φ_c alone, not on how many are drawn; other devices may round by batch size. Returns the
-    samples and for each of σ_T … σ_1 a dict: Algorithm 2's, σ, and σ̂ before and after matching.
+    sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2, made
+    fast by `Memory` if `accelerate`. Returns the samples and a list of `Level`. Lines are counted from "Draw".
 
     As printed, the last step, from σ_0, is made without matching. A full step x + s(x) is the posterior mean,
     which contracts: for Gaussian data of variance λ (and no matching) the variance obeys
     v ← (λ/(λ + σ_t²))² v + σ²_{t−1} and ends below λ.
     """
-    x, levels = mean.view(-1, 1, 1) + sigmas[0] * noise(shape, generators, mean.device), []   # N(m, σ_T² I)
-    for t, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        before = noise_level(score(model, x))
-        x, level = guidance_step(model, x, target(sigma), tol, max_iters)      # φ of x_c + σ_t z; Algorithm 2
-        s = score(model, x)
-        x = x + s + sigma_next * noise(shape, generators, mean.device)
-        levels.append(dict(level, sigma=sigma, sigma_before=before, sigma_after=noise_level(s)))
-        progress((t + 1) / len(sigmas), f"σ {sigma:.3f}  {int(level['gradients'].max())} gradients")
-    return x + score(model, x), levels
+    levels = []
+    z = noise(shape, generators, mean.device)
+    x = mean.view(-1, 1, 1) + sigmas[0] * z               # Alg. 1 line 1: x_T ~ N(m, σ_T² I)
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):     # Alg. 1 line 2: t = T … 1
+        phi_c = target(sigma)                             # Alg. 1 lines 3, 4: φ of x_c + σ_t z
+        before = noise_level(model.score(x))
+        memory = Memory() if accelerate else None
+        x, matching = guidance_step(model, x, phi_c, tol, max_gradients, memory)         # Alg. 1 line 5
+        z = noise(shape, generators, mean.device)         # Alg. 1 line 6
+        s = model.score(x)
+        x = x + s + sigma_next * z                        # Alg. 1 line 7
+        levels.append(Level(sigma, before, noise_level(s), *matching))
+        progress(len(levels) / len(sigmas), f"σ {sigma:.2f}")
+    return x + model.score(x), levels                     # Alg. 1 lines 9, 10
 
 
-def around(model, checkpoint, targets, samples, sigmas, seed=0, draws=1, **options):
-    """Algorithm 1 around several targets at once: [samples (S, C, H, W)] in their order, and the levels.
-
-    targets: [(pictures (P, C, H, W), weights (P,) or None)]. options, levels: as for `reconstruct`, rows of
-    the first target first. The samples of one target share its noise: they differ by their own alone.
-    """
-    first = targets[0][0]
-    conditions = [target_phi(model, x, weights, draws, seeded(first.device, seed, 2, j))
-                  for j, (x, weights) in enumerate(targets)]
-    generators = [seeded("cpu", seed, 1, j, i) for j in range(len(targets)) for i in range(samples)]
-    x, levels = reconstruct(
-        model, lambda sigma: torch.cat([phi_c(sigma) for phi_c in conditions]).repeat_interleave(samples, 0),
-        torch.tensor(checkpoint["mean"], device=first.device), sigmas, first.shape[1:], generators, **options)
-    return list(x.split(samples)), levels
-
-
-def score(model, y):
-    """s(y), (N, C, H, W), the same for a picture alone as among others."""
-    return never_alone(model.score, y)
+def noise_levels(sigma_max, sigma_min=0.03, steps=STEPS):
+    """Algorithm 1's schedule: `steps` values of σ from sigma_max down to sigma_min, equally far apart."""
+    return np.linspace(sigma_max, sigma_min, steps).tolist()
 
 
 def noise(shape, generators, device):
     """z ~ N(0, I), (N, *shape): picture i from generator i, drawn on the CPU so that devices agree."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    z = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.stack(z).to(device)
 
 
 def noise_level(s):
@@ -167,19 +154,51 @@ def noise_level(s):
     return s.square().mean((1, 2, 3)).sqrt()
 
 
-def target_phi(model, pictures, weights=None, draws=1, generator=None):
-    """The function σ -> φ_c (1, d): φ of the noisy conditioners (P, C, H, W), averaged with weights (P,).
+class Target(NamedTuple):
+    """What samples are to share φ with: a picture, or the weighted mean φ of several (the paper's §4)."""
+    name: str
+    pictures: torch.Tensor         # (P, C, H, W)
+    weights: torch.Tensor = None   # (P,), of sum 1; None: equal ones
 
-    Fresh noise at each call, as Algorithm 1 prints, the mean of `draws` realisations. One picture is the
-    paper's case; several, or a cluster, are its "future directions" (§4).
+
+def average(code, weights=None):
+    """Σ w_p code_p, (d,), of code (P, d) and weights (P,); the mean without weights."""
+    if weights is None:
+        return code.mean(0)
+    return weights.to(code) @ code
+
+
+def target_phi(model, target, draws=1, generator=None):
+    """The function σ -> φ_c (1, d): φ of the target's noisy pictures, with fresh noise at every call.
+
+    As printed, φ_c is that of one noise realisation; here the mean of `draws`.
     """
-    return lambda sigma: average(phi(model, pictures, sigma, draws, generator), weights)[None]
+    def phi_c(sigma):
+        code = phi(model, target.pictures, sigma, draws, generator)
+        return average(code, target.weights)[None]
+    return phi_c
 
 
-def average(values, weights=None):
-    """Σ w_p values_p, (d,), of values (P, d) and weights (P,), by default equal."""
-    weights = torch.full((len(values),), 1 / len(values)) if weights is None else weights
-    return weights.to(values) @ values
+def around(model, checkpoint, targets, samples, sigmas, seed=0, draws=1, **options):
+    """Algorithm 1 around several targets at once: [samples (S, C, H, W)] in their order, and the levels.
+
+    targets: a list of `Target`. options, levels: as for `reconstruct`; the rows of the first target come first.
+    """
+    device = targets[0].pictures.device
+    conditions, generators = [], []
+    for j, target in enumerate(targets):
+        generator = seeded(device, seed, TARGET_NOISE, j)
+        conditions.append(target_phi(model, target, draws, generator))
+        generators += [seeded("cpu", seed, SAMPLE_NOISE, j, i) for i in range(samples)]
+
+    def phi_c(sigma):
+        each = torch.cat([condition(sigma) for condition in conditions])       # (len(targets), d)
+        return each.repeat_interleave(samples, 0)
+
+    mean = torch.tensor(checkpoint["mean"], device=device)
+    shape = targets[0].pictures.shape[1:]
+    x, levels = reconstruct(model, phi_c, mean, sigmas, shape, generators, **options)
+    return list(x.split(samples)), levels
 
 
 # App. C, unconditional sampling (Kadkhodaie & Simoncelli 2021, Algorithm 1)
@@ -193,23 +212,26 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
     σ̂ ≤ sigma_end, for each picture on its own. Returns y and the number of steps of each picture, (N,);
     max_steps where it did not end.
     """
-    y = mean.view(-1, 1, 1) + sigma_0 * noise(shape, generators, mean.device)
-    steps, moving = torch.full((len(y),), max_steps), torch.arange(len(y))
+    z = noise(shape, generators, mean.device)
+    y = mean.view(-1, 1, 1) + sigma_0 * z
+    steps = torch.zeros(len(y), dtype=torch.long, device=y.device)
+    moving = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for t in range(1, max_steps + 1):
-        x = y[moving]
-        s = score(model, x)
-        sigma = noise_level(s)                                                 # σ̂
+        s = model.score(y)
+        sigma = noise_level(s)                            # σ̂, (N,)
         h = h_0 * t / (1 + h_0 * (t - 1))
         gamma = math.sqrt((1 - beta * h) ** 2 - (1 - h) ** 2) * sigma
-        z = noise(shape, [generators[i] for i in moving], mean.device)
-        ended = sigma <= sigma_end                                             # then all of s
-        y[moving] = x + torch.where(ended.view(-1, 1, 1, 1), s, h * s + gamma.view(-1, 1, 1, 1) * z)
-        steps[moving[ended.cpu()]] = t
-        moving = moving[~ended.cpu()]
-        if not len(moving):
+        z = noise(shape, generators, mean.device)
+        step = h * s + per_picture(gamma) * z
+        ended = sigma <= sigma_end
+        step = torch.where(per_picture(ended), s, step)   # at the end all of s
+        y = torch.where(per_picture(moving), y + step, y)
+        steps += moving
+        moving &= ~ended
+        if not moving.any():
             break
-        left = float((sigma.max() / sigma_end).log() / math.log(sigma_0 / sigma_end))      # in log σ
-        progress(1 - left, f"σ {float(sigma.max()):.3f}, step {t}")
+        fraction = math.log(sigma_0 / sigma.max()) / math.log(sigma_0 / sigma_end)
+        progress(fraction, f"step {t}")
     return y, steps
 
 
@@ -217,7 +239,7 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
 
 @torch.no_grad()
 def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator=None, tol=0.01,
-                         max_iters=200):
+                         max_gradients=MAX_GRADIENTS):
     """Eq. 4: d²(p₁, p₂), the symmetrised KL divergence of p(x given φ₁) and p(x given φ₂), in nats.
 
     ∫ (E_p₁‖s₁ − s₂‖² + E_p₂‖s₁ − s₂‖²) σ dσ over the range of `sigmas` (increasing). x1, x2: (C, H, W) in
@@ -230,276 +252,352 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
     of the definition.
     """
     z = torch.randn(draws, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-    targets = [target_phi(model, x[None], draws=phi_draws, generator=generator) for x in (x1, x2)]
-    sigmas, integrand, matched = torch.as_tensor(sigmas, dtype=torch.float64), [], []
+    phi_1 = target_phi(model, Target("x1", x1[None]), phi_draws, generator)
+    phi_2 = target_phi(model, Target("x2", x2[None]), phi_draws, generator)
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    integrand, matched = [], []
     for sigma in sigmas.tolist():
-        y = torch.cat(2 * [x1 + sigma * z, x2 + sigma * z])                    # (4·draws, C, H, W)
-        phi_c = torch.cat([target(sigma) for target in targets]).repeat_interleave(2 * draws, 0)
-        x, level = guidance_step(model, y, phi_c, tol, max_iters)
-        s1, s2 = ((model.denoise(x).cpu().double() - y.cpu()) / sigma ** 2).chunk(2)       # MPS: no float64
-        d = (s1 - s2).square().sum((1, 2, 3))
-        integrand.append(sigma * (d[:draws] + d[draws:]))                      # E_p₁ + E_p₂, (draws,)
-        matched.append(level["converged"].cpu().double().mean())
-    values = integrate(torch.stack(integrand), sigmas)
-    error = float(values.std() / math.sqrt(draws)) if draws > 1 else math.nan
-    return float(values.mean()), error, torch.stack(integrand).mean(1), torch.stack(matched)
+        y = torch.cat([x1 + sigma * z, x2 + sigma * z])                        # of p₁, of p₂: (2·draws, C, H, W)
+        phi_c = torch.cat([phi_1(sigma), phi_2(sigma)]).repeat_interleave(len(y), 0)
+        y = y.repeat(2, 1, 1, 1)                                               # to be told φ₁, φ₂
+        x, matching = guidance_step(model, y, phi_c, tol, max_gradients, Memory())
+        x_hat = model.denoise(x).cpu().double()           # MPS has no float64
+        s1, s2 = ((x_hat - y.cpu()) / sigma ** 2).chunk(2)
+        difference = (s1 - s2).square().sum((1, 2, 3))    # (2·draws,)
+        of_p1, of_p2 = difference.chunk(2)
+        integrand.append(sigma * (of_p1 + of_p2))         # (draws,)
+        matched.append(matching.converged.cpu().double().mean())
+    integrand = torch.stack(integrand)                    # (len(sigmas), draws)
+    distances = integrate(integrand, sigmas)              # (draws,)
+    error = distances.std() / math.sqrt(draws)
+    return float(distances.mean()), float(error), integrand.mean(1), torch.stack(matched)
 
 
 def integrate(v, sigmas):
     """∫ v dσ, v (len(sigmas), draws) ≥ 0 taken as a power of σ between neighbours: exact for v = σ⁻³."""
-    h = (v * sigmas[:, None]).clamp(min=1e-300)
+    h = (v * sigmas[:, None]).clamp(min=1e-300)           # ∫ v dσ = ∫ h d log σ
     a, b = h[:-1], h[1:]
     ratio = torch.log(b / a)
-    mean = torch.where(ratio.abs() < 1e-6, (a + b) / 2, (b - a) / ratio)       # the logarithmic mean
-    return (mean * sigmas.log().diff()[:, None]).sum(0)
+    mean = (b - a) / ratio                                # the logarithmic mean
+    mean = torch.where(ratio.abs() < 1e-6, (a + b) / 2, mean)
+    width = sigmas.log().diff()
+    return width @ mean
+
+
+# Algorithm 2 made fast
+
+class Memory:
+    """The last steps ΔX of a `guidance_step`, and the changes ΔΦ of φ that they caused.
+
+    φ is nearly linear over a few short steps. So the combination ΔX c of them that removes most of
+    r = φ(x) − φ_c is taken back at once, without a gradient (Anderson acceleration, as in GMRES), and the
+    gradient step works on what is left. c minimises ‖r − ΔΦ c‖² + λ ‖ΔX c‖². The second term keeps the walk
+    short: without it pictures go up to twice as far as by plain steps, and their noise changes (README:
+    sampling). Plain steps need twice as many gradients.
+    """
+
+    SIZE = 12           # steps farther back are no longer linear
+    WALK = 0.04         # λ, in the unit of the steepest of the steps, ‖Δφ‖²/‖Δx‖²
+    CAUTION = 0.3       # after a jump a whole gradient step goes too far
+
+    def __init__(self):
+        self.steps, self.changes, self.last = [], [], None
+
+    def remember(self, step, residual):
+        """After a step: step (N, C, H, W), and the residual r before it, (N, d)."""
+        self.last = step, residual
+
+    def extrapolate(self, residual):
+        """r (N, d) -> the jump −ΔX c (N, C, H, W), and the residual (N, d) left to the gradient step."""
+        if self.last is None:
+            return 0, residual
+        step, residual_before = self.last
+        length = square_norm(step).sqrt()[:, None]
+        self.steps = [*self.steps, step.flatten(1) / length][-self.SIZE:]
+        self.changes = [*self.changes, (residual - residual_before) / length][-self.SIZE:]
+        dX = torch.stack(self.steps, dim=1)               # (N, k, C·H·W), rows of length 1
+        dPhi = torch.stack(self.changes, dim=1)           # (N, k, d)
+
+        steepest = dPhi.square().sum(2).amax(1).clamp(min=1e-12)               # (N,)
+        walk = self.WALK * steepest[:, None, None]
+        ridge = 1e-3 * torch.eye(dX.shape[1], dtype=dX.dtype, device=dX.device)          # for parallel steps
+        normal = dPhi @ dPhi.mT + walk * (dX @ dX.mT + ridge)                  # (N, k, k)
+        c = torch.linalg.solve(normal, dPhi @ residual[:, :, None]).mT         # (N, 1, k)
+        came_closer = residual.norm(dim=1) <= residual_before.norm(dim=1)
+        c = c * came_closer[:, None, None]                # a step that led away says nothing of the next
+        jump = -(c @ dX).view_as(step)
+        left = residual - (c @ dPhi)[:, 0]
+        return jump, self.CAUTION * left                  # η is invariant to this factor, η ∇L is not
 
 
 # What a sample shares with its target
 
-def similarities(model, samples, target, scale=None):
-    """Per sample of one target (S, C, H, W): distance in φ, and correlations of pixels. A dict of lists.
+def similarities(model, samples, target=None, scale=None):
+    """What the samples (S, C, H, W) of one Target have in common: a dict of lists, for the .json.
 
-    target: (pictures, weights or None), or None. scale: the mean φ-distance between two pictures, or None.
+    phi_distance: ‖Δφ‖ to the target; phi_distance_relative: over `scale`, the mean distance of two pictures;
+    correlations: of pixels, with the target and of each pair of samples.
     """
-    centred = lambda x: normalize((x - x.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1)
-    flat, found = centred(samples), {}
+    centred, shared = normalised(samples), {}
     if len(samples) > 1:
-        i, j = torch.triu_indices(len(flat), len(flat), 1)
-        found["correlation_between_samples"] = (flat @ flat.T)[i, j].tolist()
-    if target is not None:
-        pictures, weights = target
-        distance = (fixed_phi(model, samples) - average(fixed_phi(model, pictures), weights)).norm(dim=1)
-        found["phi_distance"] = distance.tolist()
-        if scale:
-            found["phi_distance_relative"] = (distance / scale).tolist()
-        if len(pictures) == 1:
-            found["correlation_with_target"] = (flat @ centred(pictures).T)[:, 0].tolist()
-    return found
-
-
-def panel(samples, target=None, side=128, labels=None):
-    """Samples (S, C, H, W) in a square; with a target (P, C, H, W), it stands framed in the middle (Fig. 7).
-
-    Several conditioners share the middle, at most four. labels: one a sample. Returns a PIL image.
-    """
-    def cell(image, label, frame="white"):
-        image = ImageOps.expand(image, 4, frame)
-        return captioned(image, label, 13) if labels else image
-
-    cells = [cell(to_image(x, side), labels and labels[i]) for i, x in enumerate(samples)]
-    k = math.ceil(math.sqrt(len(cells) + (target is not None)))
+        i, j = torch.triu_indices(len(samples), len(samples), 1)
+        correlation = centred @ centred.T
+        shared["correlation_between_samples"] = correlation[i, j].tolist()
     if target is None:
-        return grid(cells, k, 0)
-    k += k % 2 == 0                                        # an odd side has a middle
+        return shared
+    phi_c = average(fixed_phi(model, target.pictures), target.weights)
+    distance = (fixed_phi(model, samples) - phi_c).norm(dim=1)                 # (S,)
+    shared["phi_distance"] = distance.tolist()
+    if scale:
+        shared["phi_distance_relative"] = (distance / scale).tolist()
+    if len(target.pictures) == 1:
+        correlation = centred @ normalised(target.pictures)[0]
+        shared["correlation_with_target"] = correlation.tolist()
+    return shared
+
+
+def normalised(x):
+    """Pictures (N, C, H, W) as rows (N, C·H·W) of mean 0 and length 1: their products are correlations."""
+    rows = x.flatten(1)
+    return normalize(rows - rows.mean(1, keepdim=True), dim=1)
+
+
+# Panels (Fig. 7)
+
+def panel(samples, target=None, side=128):
+    """Samples (S, C, H, W) in a square; with a target (P, C, H, W), it stands framed in the middle.
+
+    At most four pictures of a target share the middle. Returns a PIL image.
+    """
+    cells = [ImageOps.expand(to_image(x, side), 4, "white") for x in samples]
+    if target is None:
+        return grid(cells, math.ceil(math.sqrt(len(cells))), 0)
     middle = to_image(target[0], side)
     if len(target) > 1:
-        parts = [to_image(x).resize((middle.width // 2,) * 2, Image.LANCZOS) for x in target[:4]]
-        middle = ImageOps.pad(grid(parts, 2, 0), middle.size, color="white")
-    order = sorted(range(k * k), key=lambda i: (i % k - k // 2) ** 2 + (i // k - k // 2) ** 2)
-    taken = sorted(order[1:len(cells) + 1])                # fewer samples than cells: those near the middle
-    places = [Image.new("RGB", cells[0].size, "white")] * (k * k)
-    for i, image in zip([*taken, order[0]], [*cells, cell(middle, "target", ORANGE)]):
-        places[i] = image
-    return grid(places, k, 0)
+        parts = grid([to_image(x) for x in target[:4]], 2, 0)
+        middle = ImageOps.pad(parts, middle.size, Image.NEAREST, "white")
+    k = math.ceil(math.sqrt(len(cells) + 1))
+    if k % 2 == 0:                                        # an odd side has a middle
+        k += 1
 
+    def from_the_middle(place):
+        return (place % k - k // 2) ** 2 + (place // k - k // 2) ** 2
 
-def captioned(image, text, size):
-    """A PIL image with text below it."""
-    return grid([image, caption(text, size, image.width)], 1, 0)
+    places = sorted(range(k * k), key=from_the_middle)    # the middle comes first
+    sheet = [Image.new("RGB", cells[0].size, "white") for _ in places]
+    sheet[places[0]] = ImageOps.expand(middle, 4, "#e69f00")
+    for place, image in zip(sorted(places[1:len(cells) + 1]), cells):
+        sheet[place] = image
+    return grid(sheet, k, 0)
 
 
 # Targets
 
 def read_targets(flags, checkpoint, device):
-    """[(name, pictures (P, C, H, W) to condition on, weights (P,) or None)], a panel each. UserError."""
-    size, patches = checkpoint["size"], checkpoint["flags"]["patches"]
-
-    def read(path):
-        h, w = load_picture(path).shape[:2] if patches else (size, size)
-        if (h, w) != (size, size):
-            say(f"{os.path.basename(path)}: {w}×{h} pixels; the target is its central {size}×{size} tile")
-        return to_batch(load_picture(path, size, checkpoint["model"]["channels"], patches)[None], device)
-
-    if flags.mix:
-        weights = flags.weights or [1.0] * len(flags.mix)
-        weights = torch.tensor(weights) / sum(weights)
-        name = " + ".join(f"{w:.2f} φ({os.path.basename(p)})" for w, p in zip(weights.tolist(), flags.mix))
-        return [(name, torch.cat([read(p) for p in flags.mix]), weights)]
+    """The list of `Target` that the command line names, a panel each. Raises UserError."""
     if flags.cluster:
-        return [(flags.cluster, cluster_members(flags, checkpoint, device), None)]
-    return [(p, read(p), None) for p in flags.targets] or held_out_targets(checkpoint, device)
+        return [Target(flags.cluster, cluster_members(flags, checkpoint, device))]
+    if flags.mix:
+        weights = torch.ones(len(flags.mix))
+        if flags.weights:
+            weights = torch.tensor(flags.weights)
+        weights /= weights.sum()
+        terms = [f"{w:.2f} φ({os.path.basename(path)})" for w, path in zip(weights, flags.mix)]
+        pictures = [read_target(path, checkpoint, device) for path in flags.mix]
+        return [Target(" + ".join(terms), torch.cat(pictures), weights)]
+    if flags.targets:
+        return [Target(path, read_target(path, checkpoint, device)) for path in flags.targets]
+    return held_out_targets(checkpoint, device)
+
+
+def read_target(path, checkpoint, device):
+    """A picture file, cropped as in training, (1, C, H, W). Raises UserError if it cannot be read."""
+    size, patches = checkpoint["size"], checkpoint["flags"]["patches"]
+    x = load_picture(path, size, checkpoint["model"]["channels"], patches)
+    if patches:
+        say(f"{os.path.basename(path)}: the target is its central tile, {size}×{size} pixels")
+    return to_batch(x[None], device)
 
 
 def held_out_targets(checkpoint, device):
-    """As `read_targets`: four held-out pictures of the checkpoint's data, or built-in ones without these."""
-    say("no target: four held-out pictures of the checkpoint's own data")
-    try:
-        pictures, _, rows = training_data(checkpoint["flags"])
+    """Four held-out pictures of the network's own data; new ones, if these are the built-in ones.
+
+    Raises UserError if the data are not here or have changed: a network says little of other pictures.
+    """
+    settings = checkpoint["flags"]
+    if settings["data"] is None:
+        x, labels, classes = builtin_pictures(16, checkpoint["size"], settings["channels"], seed=1)
+        rows, names = np.arange(16), [f"built-in {classes[label]}" for label in labels]
+    else:
+        try:
+            pictures, _, rows = training_data(settings)
+        except UserError as error:
+            raise UserError(f"name a target: the network's own pictures are not here ({error})") from None
         if pictures.fingerprint != checkpoint["fingerprint"]:
-            raise UserError(f"{checkpoint['flags']['data']} has changed since")
-        rows = np.random.default_rng(0).permutation(rows)[:4]
-        names, x = [pictures.paths[i] for i in rows], pictures.x[rows]
-    except UserError as error:
-        say(f"{error}: four built-in pictures instead")
-        x, labels, classes = builtin_pictures(4, checkpoint["size"], checkpoint["model"]["channels"], seed=1)
-        names = [f"built-in {classes[k]}" for k in labels]
-    return [(name, to_batch(v[None], device), None) for name, v in zip(names, x)]
+            raise UserError(f"name a target: {settings['data']} has changed since the training")
+        x, names = pictures.x, pictures.paths
+    rows = np.random.default_rng(0).permutation(rows)[:4]
+    return [Target(names[i], to_batch(x[i][None], device)) for i in rows]
 
 
 def cluster_members(flags, checkpoint, device):
     """The pictures of cluster N of "clusters.npz:N", at most 64, by seed, (P, C, H, W). Raises UserError."""
-    (path, _, k), run = flags.cluster.rpartition(":"), checkpoint["flags"]
-    try:
+    settings = checkpoint["flags"]
+    path, _, cluster = flags.cluster.rpartition(":")
+    with explain(flags.cluster, "--cluster needs FILE:NUMBER, a file of kmeans.py and a cluster"):
         with np.load(path) as saved:
-            members, clusters = saved["paths"][saved["labels"] == int(k)], int(saved["labels"].max()) + 1
-    except Exception as error:                 # whatever numpy finds wrong with the file
-        raise UserError(f"--cluster {flags.cluster}: must be FILE:NUMBER, by kmeans.py ({error})") from None
-    if not len(members):
-        raise UserError(f"--cluster {flags.cluster}: no such cluster; {path} has 0 to {clusters - 1}")
-    members = np.random.default_rng(flags.seed).permutation(members.astype(str))[:64].tolist()
-    if all(map(os.path.isfile, members)) and not run["patches"]:
-        return to_batch([load_picture(m, run["size"], run["channels"]) for m in members], device)
-    pictures = training_data(run)[0]           # tiles, rows of an array, built-in pictures
+            members = saved["paths"][saved["labels"] == int(cluster)].astype(str)
+        if not len(members):
+            raise ValueError("no such cluster")
+    members = np.random.default_rng(flags.seed).permutation(members)[:64].tolist()
+    if not settings["patches"] and all(os.path.isfile(name) for name in members):
+        x = [load_picture(name, checkpoint["size"], settings["channels"]) for name in members]
+        return to_batch(x, device)
+    pictures = training_data(settings)[0]                 # tiles, rows of an array, built-in pictures
     row = {name: i for i, name in enumerate(pictures.paths)}
-    if missing := [m for m in members if m not in row]:
-        raise UserError(f"--cluster {flags.cluster}: {missing[0]} is not among the checkpoint's pictures")
-    return to_batch(pictures.x[[row[m] for m in members]], device)
+    for name in members:
+        if name not in row:
+            raise UserError(f"--cluster {flags.cluster}: {name} is not among the network's own pictures")
+    return to_batch(pictures.x[[row[name] for name in members]], device)
 
 
 # Command line
 
-def draw(flags, model, checkpoint, targets, device):
-    """The samples of every target, [(S, C, H, W)], and what the .json says of how they came about."""
-    if targets:
-        sigmas = np.linspace(flags.sigma_max, flags.sigma_min, flags.steps).tolist()
-        samples, levels = around(model, checkpoint, [t[1:] for t in targets], flags.samples, sigmas,
-                                 flags.seed, flags.draws, progress=Progress(), tol=flags.match_tol,
-                                 max_iters=flags.match_iters)
-        if late := [int((~level["converged"]).sum()) for level in levels if not level["converged"].all()]:
-            say(f"matching stopped at --match-iters {flags.match_iters} before {flags.match_tol:g} of the "
-                f"first loss at {len(late)} of {len(levels)} noise levels (at most {max(late)} samples)")
-        return samples, dict(sigmas=sigmas, levels=levels)
-    x, steps = sample_unconditional(
-        model, torch.tensor(checkpoint["mean"], device=device), (model.channels, *[checkpoint["size"]] * 2),
-        [seeded("cpu", flags.seed, 1, 0, i) for i in range(flags.unconditional)], flags.sigma_max,
-        flags.sigma_min, progress=Progress())
-    if late := int((steps >= 2000).sum()):
-        say(f"warning: {late} samples did not reach σ {flags.sigma_min:g} in 2000 steps")
-    return [x], dict(steps=steps[None])
+class Result(NamedTuple):
+    """What a run leaves."""
+    sheet: Image.Image
+    record: dict                   # for the .json
+    pictures: dict                 # {file name: (C, H, W)}, for --save-each
 
 
-def sample_sheet(flags, model, checkpoint, device):
-    """Sample, measure, draw: (the sheet, the record for the .json, {name of a single picture: PIL image})."""
-    targets = [] if flags.unconditional else read_targets(flags, checkpoint, device)
-    samples, record = draw(flags, model, checkpoint, targets, device)
-    if not all(x.isfinite().all() for x in samples):
-        raise UserError("the samples are not finite; another --seed or --sigma-max may help")
-    panels, record["panels"], scale = [], [], checkpoint["training"].get("phi_distance")
-    for x, (name, *target) in zip(samples, targets or [[None]]):
-        found = similarities(model, x, target or None, scale)
-        record["panels"].append(dict(target=name, weights=target[1] if target else None, **found))
-        labels, title = [f"sample {i + 1}" for i in range(len(x))], "unconditional samples"
-        if target:
-            shown, form = (found["phi_distance_relative"], ".0%") if scale else (found["phi_distance"], ".2g")
-            labels = [f"{label}: φ {v:{form}}" for label, v in zip(labels, shown)]
-            title = (f"{os.path.basename(name)}: φ-distance to the target {np.mean(shown):{form}}"
-                     + " of that between two held-out pictures" * bool(scale))
-            if "correlation_with_target" in found:
-                title += f", pixel correlation {np.mean(found['correlation_with_target']):.2f}"
-            say(title)
-        drawn = panel(x, target[0] if target else None, labels=labels)
-        title += f"; σ {flags.sigma_max:g} to {flags.sigma_min:g}"
-        panels.append(grid([caption(title, 17, drawn.width), drawn], 1, 0))
-    single = {f"{j:02d}_{i:03d}.png": to_image(v) for j, x in enumerate(samples) for i, v in enumerate(x)}
-    return grid(panels, 2, 24), record, single
+def sample_targets(flags, model, checkpoint, device):
+    """Algorithm 1 around every target, a panel each: a Result."""
+    targets = read_targets(flags, checkpoint, device)
+    names = ", ".join(os.path.basename(target.name) for target in targets)
+    say(f"drawing {flags.samples} pictures that share φ with {names}")
+    sigma_max = checkpoint["sigma_max"]
+    sigmas = noise_levels(sigma_max, min(0.03, sigma_max / 10), flags.steps)
+
+    def draw(encoder):                                    # with this denoiser, told the φ of that encoder
+        told = SimpleNamespace(encode=encoder.encode, score=model.score)
+        return around(told, checkpoint, targets, flags.samples, sigmas, flags.seed, tol=flags.tolerance,
+                      max_gradients=flags.max_gradients, progress=Progress())
+
+    samples, levels = draw(model)
+    record = {"sigmas": sigmas, "levels": [level._asdict() for level in levels], "panels": []}
+    panels, scale = [], checkpoint["training"].get("phi_distance")
+    for x, target in zip(samples, targets):
+        shared = similarities(model, x, target, scale)
+        record["panels"].append({"target": target.name, "weights": target.weights, **shared})
+        mean = np.mean(shared["phi_distance"])
+        title = f"{os.path.basename(target.name)}: φ-distance of the samples to it: {mean:.2g}"
+        if scale:
+            title += f", {mean / scale:.0%} of that between two held-out pictures"
+        say(title)
+        panels.append(titled(title, panel(x, target.pictures), size=17))
+    if flags.control:
+        say("the same, told the φ of an untrained network")
+        x = builtin_pictures(64, checkpoint["size"], model.channels)[0]
+        controls, _ = draw(untrained_network(checkpoint, to_batch(x, device), flags.seed))
+        for x, target in zip(controls, targets):
+            panels.append(titled("control: told an untrained φ", panel(x, target.pictures), size=17))
+    return Result(grid(panels, min(2, len(targets)), 24), record, numbered(samples))
 
 
-def denoise_sheet(flags, model, checkpoint, device):
-    """--denoise: one picture of any size, its output beside it. Returns as `sample_sheet`."""
-    x = to_batch(load_picture(flags.denoise, None, checkpoint["model"]["channels"])[None], device)
+def numbered(samples):
+    """[samples (S, C, H, W) of each target] -> {"00_000.png": the first sample of the first, …}."""
+    pictures = {}
+    for j, x in enumerate(samples):
+        for i, picture in enumerate(x):
+            pictures[f"{j:02d}_{i:03d}.png"] = picture
+    return pictures
+
+
+def sample_freely(flags, model, checkpoint, device):
+    """--unconditional: samples without a target, a Result."""
+    n, size, sigma_max = flags.unconditional, checkpoint["size"], checkpoint["sigma_max"]
+    say(f"drawing {n} pictures without a target")
+    mean = torch.tensor(checkpoint["mean"], device=device)
+    generators = [seeded("cpu", flags.seed, SAMPLE_NOISE, 0, i) for i in range(n)]
+    x, steps = sample_unconditional(model, mean, (model.channels, size, size), generators, sigma_max,
+                                    min(0.04, sigma_max / 10), progress=Progress())
+    record = {"steps": steps, "panels": [similarities(model, x)]}
+    return Result(panel(x), record, numbered([x]))
+
+
+def denoise_picture(flags, model, checkpoint, device):
+    """--denoise: one picture of any size, with noise and without, a Result."""
+    x = to_batch(load_picture(flags.denoise, None, model.channels)[None], device)
     y = x + flags.noise * torch.randn(x.shape, generator=seeded("cpu", flags.seed)).to(device)
     with torch.no_grad():
         x_hat = model.denoise(y)
-    if not x_hat.isfinite().all():
-        raise UserError("the denoised picture is not finite")
     estimated = float(noise_level(x_hat - y))
-    record = dict(picture=flags.denoise, noise_added=flags.noise, noise_estimated=estimated)
-    say(f"noise level σ: estimated {estimated:.4f}" + (f", added {flags.noise:g}" if flags.noise else ""))
+    record = {"picture": flags.denoise, "noise_added": flags.noise, "noise_estimated": estimated}
+    say(f"noise σ: {flags.noise:g} added, {estimated:.3f} estimated")
+    pictures = {"given": x[0], "denoised": x_hat[0]}
+    if flags.noise:
+        pictures = {"given": x[0], "noisy": y[0], "denoised": x_hat[0]}
+        record["psnr_noisy"], record["psnr_denoised"] = float(psnr(y, x)), float(psnr(x_hat, x))
+        say(f"PSNR: {record['psnr_noisy']:.1f} dB noisy, {record['psnr_denoised']:.1f} dB denoised")
     if estimated < 0.03:
         say("warning: there is hardly any noise in this picture; the network then only takes detail away "
             "(--noise 0.2 adds some first)")
-    shown = [("given", y, "given"), ("denoised", x_hat, f"denoised, σ estimated {estimated:.3f}")]
-    if flags.noise:
-        noisy, denoised = (float(-10 * (v - x).square().mean().log10()) for v in (y, x_hat))
-        record |= dict(psnr_noisy=noisy, psnr_denoised=denoised)
-        say(f"PSNR {noisy:.2f} dB noisy, {denoised:.2f} dB denoised")
-        shown = [("clean", x, "clean"), ("noisy", y, f"noise σ {flags.noise:g}, {noisy:.1f} dB"),
-                 ("denoised", x_hat, f"denoised, {denoised:.1f} dB")]
-    cells = [captioned(to_image(v[0], max(384, x.shape[3])), text, 20) for _, v, text in shown]
-    return grid(cells, 3, 12), record, {f"{name}.png": to_image(v[0]) for name, v, _ in shown}
+    side = max(384, x.shape[3])
+    cells = [titled(name, to_image(picture, side)) for name, picture in pictures.items()]
+    return Result(grid(cells, 3, 12), record, {f"{name}.png": picture for name, picture in pictures.items()})
 
 
 def arguments():
-    """The command line; exits with one line on flags that contradict one another."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
+    """The command line. Raises UserError for flags that contradict one another."""
+    parser = Parser(description=__doc__, usage="sample.py checkpoint [target …] [flags]")
+    add, count = parser.add_argument, number(int, 1)
     add("checkpoint", help="written by train.py")
-    add("targets", nargs="*", metavar="target", help="pictures; a panel each")
-    add("--mix", nargs="+", metavar="PICTURE", help="the weighted mean φ of these pictures")
-    add("--weights", nargs="+", type=number(float, -100, 100), metavar="W",
-        help="one for each of --mix, divided by their sum (default: equal)")
-    add("--cluster", metavar="FILE:N", help="the mean φ of 64 pictures of cluster N, of kmeans.py's file")
-    add("--unconditional", type=number(int, 1, 10_000), metavar="N", help="N samples without a target")
-    add("--denoise", metavar="PICTURE", help="one picture of any size (about 0.5 GB a megapixel)")
-    add("--noise", type=number(float, 0, 100), default=0.0, metavar="σ", help="with --denoise: noise to add")
-    add("--samples", type=number(int, 1, 10_000), default=8, help="for each target (default: %(default)s)")
-    add("--sigma-max", type=number(float, 0, 100), help="first noise level (default: the checkpoint's)")
-    add("--sigma-min", type=number(float, 0, 100), help="last (default: 0.03; --unconditional 0.04)")
-    add("--steps", type=number(int, 2, 100_000), default=40, help="noise levels (default: %(default)s)")
-    add("--draws", type=number(int, 1, 10_000), default=1, help="noise draws for φ_c (default: %(default)s)")
-    add("--match-tol", type=number(float, 0, 1), default=0.01, help="share of the first loss (default: 0.01)")
-    add("--match-iters", type=number(int, 1, 10 ** 6), default=200, help="gradients at most (default: 200)")
-    add("--seed", type=number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
-    add("--out", default="samples.png", help="the sheet, and a .json beside it (default: %(default)s)")
-    add("--save-each", metavar="DIR", help="also every picture singly")
+    add("targets", nargs="*", metavar="target", help="pictures")
+    add("--samples", type=count, default=8, metavar="N", help="around each target (8)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of all noise (0)")
+    add("--out", default="samples.png", metavar="PNG", help="the sheet; a .json goes beside it")
     add("--force", action="store_true", help="overwrite what is there")
-    add("--device", help="cpu, cuda, mps (default: the fastest there is)")
-    flags = parser.parse_intermixed_args()                 # targets may stand after flags
-    modes = [m for m in ("targets", "mix", "cluster", "unconditional", "denoise") if getattr(flags, m)]
-    if len(modes) > 1:
+    add("--control", action="store_true", help="also told the φ of an untrained network")
+    add("--save-each", metavar="DIR", help="also every picture singly")
+    add("--mix", nargs="+", metavar="PNG", help="the mean φ of these pictures")
+    add("--weights", nargs="+", type=float, metavar="W", help="of --mix, divided by their sum")
+    add("--cluster", metavar="FILE:N", help="the mean φ of cluster N in kmeans.py's file")
+    add("--unconditional", type=count, metavar="N", help="N samples without a target")
+    add("--denoise", metavar="PICTURE", help="needs half a gigabyte a megapixel")
+    add("--noise", type=number(float, 0), default=0.0, metavar="σ", help="added before --denoise")
+    add("--steps", type=number(int, 2), default=STEPS, metavar="N", help=f"noise levels ({STEPS})")
+    add("--max-gradients", type=count, default=MAX_GRADIENTS, metavar="N",
+        help=f"to match φ at each level ({MAX_GRADIENTS})")
+    add("--tolerance", type=number(float, 0), default=0.01, metavar="T",
+        help="φ matches at this share of its first loss (0.01)")
+    add("--device", help="cpu, cuda, mps (the fastest there is)")
+    flags = parser.parse_intermixed_args()                # targets may stand after flags
+    modes = [flags.targets, flags.mix, flags.cluster, flags.unconditional, flags.denoise]
+    if sum(bool(mode) for mode in modes) > 1:
         parser.error("give targets, or one of --mix, --cluster, --unconditional, --denoise")
-    mode, guided = "".join(modes) or "targets", "weights samples steps draws match_tol match_iters "
-    useless = dict(mix="noise", unconditional=guided + "noise", denoise=guided + "sigma_max sigma_min")
-    for name in useless.get(mode, "weights noise").split():
-        if getattr(flags, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no meaning with {'--' * (mode != 'targets')}{mode}")
-    if flags.weights and (len(flags.weights) != len(flags.mix) or abs(sum(flags.weights)) < 1e-6):
-        parser.error(f"--weights: {len(flags.mix)} pictures need as many numbers, and not of sum 0")
+    if flags.weights and (len(flags.weights) != len(flags.mix or []) or abs(sum(flags.weights)) < 1e-6):
+        parser.error("--weights: as many numbers as --mix has pictures, and not of sum 0")
+    if flags.noise and not flags.denoise:
+        parser.error("--noise is for --denoise")
     return flags
 
 
-def check(flags, checkpoint):
-    """Before the work: the outputs, and what depends on the checkpoint. Raises UserError."""
+def check(flags, data):
+    """Before the work: UserError for outputs that cannot be written. data: the network's own pictures."""
     if not flags.out.lower().endswith(".png"):
-        raise UserError(f"--out {flags.out or repr('')}: the name must end in .png")
+        raise UserError(f"--out {flags.out}: the name must end in .png")
     flags.out_json = flags.out[:-4] + ".json"
-    check_outputs([flags.out, flags.out_json], flags.force)
-    inputs = [*flags.targets, *(flags.mix or []), flags.denoise or ""]
-    if os.path.realpath(flags.out) in map(os.path.realpath, inputs):
-        raise UserError(f"--out {flags.out}: is also to be read")
-    flags.sigma_max = flags.sigma_max or checkpoint["sigma_max"]
-    flags.sigma_min = flags.sigma_min or (0.04 if flags.unconditional else 0.03)
-    if flags.sigma_min >= flags.sigma_max:
-        raise UserError(f"--sigma-min {flags.sigma_min:g} must be below --sigma-max {flags.sigma_max:g}")
-    if flags.sigma_max > checkpoint["sigma_max"]:
-        say(f"warning: --sigma-max {flags.sigma_max:g}: the network has seen {checkpoint['sigma_max']:g}")
+    outputs = [flags.out, flags.out_json]
     if flags.save_each:
-        near = {os.path.dirname(os.path.realpath(path)) for path in [flags.out, *inputs] if path}
-        if os.path.realpath(flags.save_each) in near:
-            raise UserError(f"--save-each {flags.save_each}: holds --out or what is to be read; name another")
         os.makedirs(flags.save_each, exist_ok=True)
-        if os.listdir(flags.save_each) and not flags.force:
-            raise UserError(f"--save-each {flags.save_each}: is not empty; --force writes into it")
+        for name in "00_000", "given", "noisy", "denoised":
+            outputs.append(os.path.join(flags.save_each, f"{name}.png"))
+    inputs = [*flags.targets, *(flags.mix or []), flags.denoise or ""]
+    inputs = [os.path.realpath(path) for path in inputs]
+    for path in outputs:
+        if os.path.realpath(path) in inputs:
+            raise UserError(f"{path}: is also to be read; --out names another")
+    check_outputs(outputs, flags.force, data)
 
 
 def main():
@@ -507,19 +605,28 @@ def main():
     flags = arguments()
     device = choose_device(flags.device)
     model, checkpoint = load_checkpoint(flags.checkpoint, device)
-    check(flags, checkpoint)
-    work = denoise_sheet if flags.denoise else sample_sheet
-    sheet, record, single = work(flags, model, checkpoint, device)
-    record = dict(settings={k: v for k, v in vars(flags).items() if v is not None},
-                  checkpoint_sha256=checkpoint["sha256"], device=str(device), **record)
-    each = {os.path.join(flags.save_each, name): v for name, v in single.items()} if flags.save_each else {}
-    for path, image in {flags.out: sheet, **each}.items():
+    check(flags, checkpoint["flags"]["data"])
+    start, work = time.monotonic(), sample_targets
+    if flags.unconditional:
+        work = sample_freely
+    elif flags.denoise:
+        work = denoise_picture
+    sheet, record, pictures = work(flags, model, checkpoint, device)
+    if not all(x.isfinite().all() for x in pictures.values()):
+        raise UserError("the pictures are not finite; another --seed may help")
+    settings = {name: value for name, value in vars(flags).items() if value is not None}
+    record = {"settings": settings, "checkpoint_sha256": checkpoint["sha256"], "device": str(device),
+              "threads": torch.get_num_threads(), **record}
+    images = {flags.out: sheet}
+    if flags.save_each:
+        for name, x in pictures.items():
+            images[os.path.join(flags.save_each, name)] = to_image(x)
+    for path, image in images.items():
         with write(path) as file:
             image.save(file, "png")
     with write(flags.out_json) as file:
         file.write(json.dumps(record, indent=1, default=torch.Tensor.tolist).encode())
-    say(f"wrote {flags.out}, {flags.out_json}"
-        + f" and {len(each)} pictures in {flags.save_each}" * bool(each))
+    say(f"{duration(time.monotonic() - start)}; wrote {flags.out} and {flags.out_json}")
 
 
 if __name__ == "__main__":

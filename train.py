@@ -1,16 +1,15 @@
-"""Train the blind denoiser on a folder of pictures (paper A: Eq. 1, App. A.2, A.3).
+"""Train the blind denoiser on pictures (paper A: Eq. 1, App. A.2, A.3).
 
-    python train.py                                        # built-in pictures, about 10 minutes on a laptop
-    python train.py --data photos --size 32 --width 16 --batch 32 --pictures 300000     # yours, on a laptop
-    python train.py --data photos                                                  # the paper's run, one GPU
-    torchrun --nproc_per_node=8 train.py --data photos.npy                         # the same run on eight
-    python train.py --resume                                                       # go on with ckpt.pt
+    python train.py                          # built-in pictures -> ckpt.pt
+    python train.py --data photos            # your folder; small without a GPU
+    python train.py --data photos --preset paper        # the paper's settings
+    torchrun --nproc_per_node=8 train.py --data photos         # on eight GPUs
+    python train.py --resume                 # go on where ckpt.pt was saved
 
-It writes ckpt.pt, ckpt.jsonl (the curve) and ckpt.png (held-out pictures, denoised) at every evaluation.
+It writes ckpt.pt, ckpt.jsonl (the curve) and ckpt.png (pictures, denoised).
 """
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,24 +17,34 @@ import shlex
 import signal
 import time
 import warnings
-from collections import deque, namedtuple
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from unet import (FORMAT, Parser, Progress, UNet, UserError, check_outputs, duration, load_checkpoint,
-                  number, phi, printable, receptive_field, run, say, write)
-
+from unet import (Parser, Progress, UNet, UserError, check_outputs, choose_device, explain, fixed_phi,
+                  load_checkpoint, number, picture_rows, receptive_field, run, save_checkpoint, say,
+                  seeded, to_batch, to_uint8, write)
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional          # imported later, by Adam, it keeps the process group alive
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 
+# Random streams: every use of chance has one of its own, so that nothing depends on what was drawn before
+NOISE, ORDER, EVALUATION, HELD_OUT = 1, 2, 3, 4
 
-# Eq. 1 and A.3, Training: noise, loss, step, rate, start
+
+# Eq. 1 and A.3, Training: noise, loss, step, rate
+
+def draw_sigma(n, sigma_max, generator, device):
+    """σ of n pictures, (n, 1, 1, 1): p(σ) ∝ 1/√σ on [0, σ_max] (A.3), as σ_max u² with u uniform."""
+    u = torch.rand(n, 1, 1, 1, generator=generator, device=device)
+    return sigma_max * u ** 2
+
 
 def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
     """The clean and noisy pictures of one global batch: x, y = x + σz (B, C, H, W), sigma (B, 1, 1, 1).
@@ -43,48 +52,34 @@ def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
     A function of (seed, step) only, whatever the micro-batch, and on every process, which uses its share.
     """
     x = to_batch(pictures_x[rows], device)
-    generator = seeded(device, seed, 1, step)
-    u = torch.rand(len(x), 1, 1, 1, generator=generator, device=device)
-    sigma = sigma_max * u ** 2                 # one a picture: p(σ) ∝ 1/√σ on [0, σ_max] (A.3)
+    generator = seeded(device, seed, NOISE, step)
+    sigma = draw_sigma(len(x), sigma_max, generator, device)
     # drawn with the channels last, as x lies in memory; contiguous normals are several times faster to draw
     z = torch.randn(len(x), *x.shape[2:], x.shape[1], generator=generator, device=device).permute(0, 3, 1, 2)
     return x, torch.addcmul(x, sigma, z), sigma
 
 
-def accumulate_gradient(model, x, y, batch, micro_batch, precision="fp32", stop=lambda done: False):
-    """Add ∇ of Eq. 1, summed over pixels and averaged over `batch` pictures, micro-batch by micro-batch.
+def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False, precision="fp32"):
+    """One step of Adam on Eq. 1, the same on all processes: its loss, the mean of ‖x − x̂(y)‖² (pixels²).
 
-    x, y: (B, C, H, W), this process's share. Returns the loss of each picture (≤ B,) in the unit of pixels²;
-    fewer than B if stop(pictures done) became true.
-    """
-    losses = [x.new_zeros(0)]
-    for i in range(0, len(x), micro_batch):
-        if stop(i):
-            break
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x_hat = model(y[i:i + micro_batch])
-        loss = (x_hat.float() - x[i:i + micro_batch]).square().sum((1, 2, 3))      # ‖x − x̂(x_σ)‖², Eq. 1
-        (loss.sum() / batch).backward()
-        losses.append(loss.detach())
-    return torch.cat(losses)
-
-
-def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False, **options):
-    """One step of Adam on Eq. 1, the same on all processes: its loss (a picture's mean, in pixels²).
-
-    x, y: this process's share of the batch. None, and no step, if `stop` cut it short. options: as above.
+    x, y: (B, C, H, W), this process's share of the global batch of `batch` pictures, computed `micro_batch`
+    at a time. skips_closed: the decoder's weights on the skips stay as they are.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradient(model, x, y, batch, micro_batch, **options)
-    total, cut = over_processes([loss.sum().item(), len(loss) < len(x)], x.device)
-    if cut:
-        return None
-    for p in model.parameters() if dist.is_initialized() else ():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad             # a share may be empty
-        dist.all_reduce(p.grad)
+    losses = x.new_zeros(0)
+    for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            x_hat = model(y_part)
+        loss = (x_hat.float() - x_part).square().sum((1, 2, 3))                # ‖x − x̂(x_σ)‖², Eq. 1
+        (loss.sum() / batch).backward()
+        losses = torch.cat([losses, loss.detach()])
+    total = over_processes(losses.sum().item(), x.device)
+    if dist.is_initialized():
+        add_gradients(model)
     centralise(model)
-    for gradient in skip_weights(model, gradients=True) if skips_closed else ():
-        gradient.zero_()
+    if skips_closed:
+        for weight in first_decoder_weights(model):
+            skip_part(weight.grad).zero_()
     optimizer.step()
     return total / batch
 
@@ -102,31 +97,38 @@ def centralise(model):
             conv.weight.grad -= conv.weight.grad.mean((1, 2, 3), keepdim=True)
 
 
-def skip_weights(model, gradients=False):
-    """The decoder's weights on the skips, or their gradients, [(d, d, 3, 3)]: views, for changes in place.
-
-    The first layer of D_k, (d, 2d, 3, 3), sees the skip in its input channels 0 … d−1, what comes from M in
-    the others.
-    """
-    first = [model.blocks[f"D{k}"][0].weight for k in range(1, model.levels + 1)]
-    return [(weight.grad if gradients else weight)[:, :len(weight)] for weight in first]
-
-
-def warm_up(epochs=None):
+def warm_up(epochs):
     """The part of a run in which Adam's step grows and the skips are closed: a tenth; of the paper's, 1 %."""
-    return 0.01 if (epochs or 0) >= 1000 else 0.1
+    return 0.01 if epochs >= 1000 else 0.1
 
 
-def learning_rate(fraction, epochs=None):
-    """Adam's step size after a fraction of the run; during the warm-up it grows from a thousandth of that.
+def learning_rate(fraction, epochs):
+    """Adam's step size after a fraction of a run of `epochs`; during the warm-up it grows from a thousandth.
 
     A.3, for runs of its 1000 epochs or more: 1e-3, halved every tenth. Shorter runs, which that would starve:
-    1e-3 falling linearly to 0 at the end. epochs: the length of the run, None if only its minutes are known.
+    1e-3 falling linearly to 0 at the end.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
-    if (epochs or 0) >= 1000:
+    if epochs >= 1000:
         return rate * 0.5 ** min(9, int(10 * fraction))
     return rate * max(0, 1 - fraction)
+
+
+# The start: what keeps the middle block alive (README: waking the middle block)
+
+def first_decoder_weights(model):
+    """The weights (d, 2d, 3, 3) of the first layer of each decoder block, from D1 on."""
+    return [model.blocks[f"D{k}"][0].weight for k in range(1, model.levels + 1)]
+
+
+def skip_part(weight):
+    """What of such a weight, or of its gradient, sees the skip: the first d of its 2d inputs. A view."""
+    return weight[:, :len(weight)]
+
+
+def skips_are_closed(model):
+    """Does the decoder see nothing of the skips?"""
+    return not any(skip_part(weight).any() for weight in first_decoder_weights(model))
 
 
 @torch.no_grad()
@@ -136,19 +138,20 @@ def initialise(model, y, mean):
     y: (N, C, H, W), noisy: each channel of each LayerNorm and of each up-convolution gets mean 0 and variance
     1 over it. mean: (C,). With PyTorch's own start all channels of M are almost alike, and φ is a constant.
     The decoder's weights on the skips stay at 0 during the warm-up: the network can then denoise only through
-    M and learns to put the picture's gist there; with open skips it does so far less (README: use of M). The
-    output starts at the mean colour because Adam remembers the size of the first gradients for a thousand
-    steps: 300 steps of 32 photos then gave 21.9 dB at σ = 0.1, and 19.8 dB without.
+    M and learns to put the picture's gist there. The output starts at the mean colour because Adam remembers
+    the size of the first gradients for a thousand steps.
     """
     def whiten(module, inputs, out):           # a forward hook: what it returns is the module's output
         scale, mu = 1 / out.std((0, 2, 3)).clamp_min(1e-3), out.mean((0, 2, 3))
-        module.weight.mul_(scale if module.weight.ndim == 1 else scale.view(1, -1, 1, 1))
         module.bias.copy_((module.bias - mu) * scale)
-        return module.forward(*inputs) if isinstance(module, nn.GroupNorm) else (
-            (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1))
+        if isinstance(module, nn.GroupNorm):
+            module.weight.mul_(scale)
+            return module.forward(*inputs)
+        module.weight.mul_(scale.view(1, -1, 1, 1))
+        return (out - mu.view(-1, 1, 1)) * scale.view(-1, 1, 1)
 
-    for weight in skip_weights(model):
-        weight.zero_()
+    for weight in first_decoder_weights(model):
+        skip_part(weight).zero_()
     hooks = [module.register_forward_hook(whiten) for module in model.modules()
              if isinstance(module, (nn.GroupNorm, nn.ConvTranspose2d))]
     model(y)
@@ -159,251 +162,379 @@ def initialise(model, y, mean):
     last.bias.copy_(torch.as_tensor(mean))
 
 
+def untrained_network(checkpoint, x, seed):
+    """The network of a checkpoint before its training, from another seed: what a null that learnt nothing is.
+
+    x: (N, C, H, W), pictures for the data-dependent pass, with noise as in training.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UNet(**checkpoint["model"]).to(x.device).eval()
+    generator = seeded("cpu", seed, "noise of the start")
+    sigma = draw_sigma(len(x), checkpoint["sigma_max"], generator, "cpu")
+    z = torch.randn(x.shape, generator=generator)
+    initialise(model, x + (sigma * z).to(x.device), checkpoint["mean"])
+    return model
+
+
 # Training: the loop
 
-def train(flags, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=None,
-          stop=lambda: False, ready=lambda: None):
+def never():
+    """Nobody asks the run to stop."""
+    return False
+
+
+def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=None,
+          stop_requested=never):
     """Minimise Eq. 1 as A.3 does; writes `out`, its .jsonl and its .png. Returns True if the run is complete.
 
-    flags: what defines the run, as `complete_flags` returns it. resume: a checkpoint's dict to go on from.
-    save_every: seconds between evaluations, each with a save. stop: asked between micro-batches; the run then
-    saves and returns. ready: called once the pictures are read. Raises UserError for unusable data, a loss
-    that is not finite, and a checkpoint that cannot be written.
+    settings: what defines the run, as `complete_settings` returns it. resume: a checkpoint's dict to go on
+    from. save_every: seconds between evaluations, each with a save. stop_requested: asked after every step;
+    the run then saves and ends. Raises UserError for unusable data, a loss that is not finite, and a
+    checkpoint that cannot be written.
     """
-    run = Run(flags, out, torch.device(device), resume, micro_batch, compiled)
-    ready()
-    describe(run)
-    stopped, losses, saved_at, failure = False, [], time.monotonic(), None
-    while run.fraction() < 1 and not stopped:
-        x, y = run.next_batch()
-        loss = training_step(run.model, run.optimizer, x, y, flags["batch"], run.micro,
-                             skips_closed=run.skips_closed(), precision=flags["precision"],
-                             stop=lambda done: run.show(done) or stop() or run.seconds() >= run.limit)
-        if loss is not None:                   # a step cut short is dropped, and done again on --resume
-            if not math.isfinite(loss):
-                raise UserError(f"step {run.step}: the loss is not finite; the last save of {out} is as it "
-                                "was. Try another --seed or fp32")
-            run.step += 1
-            losses.append(loss)
-        # all processes take the latest clock for theirs, and stop if one of them is to
-        run.clock, stopped = over_processes([run.seconds(), bool(stop())], run.device, dist.ReduceOp.MAX)
-        run.began = time.monotonic() - run.clock
-        every = save_every or min(300, max(30, (run.clock + run.progress.left(run.fraction())) / 12))
-        begun = run.step > run.first           # a run stopped before its first step leaves all as it was
-        if run.fraction() >= 1 or begun and (stopped or time.monotonic() - saved_at > every):
-            failure = run.save(losses, measured=not stopped)         # Ctrl-C and SIGTERM save at once
+    training = prepare(settings, out, torch.device(device), resume, micro_batch)
+    model, optimizer, steps, epochs = training.model, training.optimizer, training.steps, training.epochs
+    batch, seed, share = settings["batch"], settings["seed"], training.share
+    describe(training)
+    if compiled:
+        model.compile()
+
+    step, losses, stopping, saved_at = training.first_step, [], False, time.monotonic()
+    progress = Progress(step / steps)
+    while step < steps and not stopping:
+        # a batch, noisy: x + σz with p(σ) ∝ 1/√σ. It depends on (seed, step) alone: runs can be resumed
+        rows = batch_rows(training.rows, step, batch, seed)
+        x, y, _ = noisy_batch(training.pictures.x, rows, step, seed, settings["sigma_max"], training.device)
+
+        # a step of Adam on ‖x − x̂(y)‖²; during the warm-up the decoder sees nothing but M
+        fraction = step / steps
+        optimizer.param_groups[0]["lr"] = learning_rate(fraction, epochs)
+        closed = fraction < warm_up(epochs) and skips_are_closed(model)
+        loss = training_step(model, optimizer, x[share], y[share], batch, training.micro_batch, closed,
+                             settings["precision"])
+        step += 1
+        losses.append(loss)
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is not finite; the last save of {out} is as it was. Try "
+                            "another --seed, or --precision fp32")
+        progress(step / steps, f"{training.rate(step):.0f} pictures/s  loss {loss:.1f}")
+
+        # now and then, at the end, and when asked to stop: is it learning, and through M? Then save.
+        stopping = any_process(stop_requested(), training.device)
+        interval = save_every or training.save_interval(step)
+        if step == steps or stopping or time.monotonic() - saved_at > interval:
+            save(training, step, losses, stopping)
             losses, saved_at = [], time.monotonic()
-    if failure:
-        raise failure
-    return conclude(run)
+    return conclude(training, step)
 
 
-class Run:
-    """A training run: its network, optimiser, pictures and budget, and how far it has come.
-
-    step: steps of Adam done; seconds(): time spent, over all sessions; clock: the same after the last step,
-    as all processes know it; fraction(): of the budget, by step and clock, in [0, 1].
-    """
-
-    def __init__(self, flags, out, device, resume, micro_batch, compiled):
-        self.flags, self.out, self.device, seed = flags, out, device, flags["seed"]
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.pictures, self.rows, held_out = training_data(flags)
-        if resume and resume["fingerprint"] != self.pictures.fingerprint:
-            raise UserError(f"--data {flags['data']}: these are not the pictures that {out} was trained on; "
-                            "were some added (a .png of ours?) or removed?")
-        self.held_out = np.random.default_rng((seed, 4)).permutation(held_out)
-        self.mean = (self.pictures.x[self.rows[:10_000]].mean((0, 1, 2)) / 255).tolist()  # the mean colour m
-        torch.manual_seed(seed)                # the same weights on every process
-        self.model, self.optimizer = new_network(flags, device)
-        self.step, elapsed, self.summary, self.curve = 0, 0.0, {}, []
-        if resume:
-            self.step, elapsed, self.summary = resume["step"], resume["elapsed"], resume["training"]
-            self.curve = list(resume.get("curve", []))
-            self.model.load_state_dict(resume["weights"])
-            self.optimizer.load_state_dict(resume["optimizer"])
-        else:
-            first = batch_rows(self.rows, 0, min(flags["batch"], 64), seed)
-            _, y, _ = noisy_batch(self.pictures.x, first, 0, seed, flags["sigma_max"], device)
-            initialise(self.model, y, self.mean)
-            several = len(self.pictures.classes) > 1
-            self.summary["agreement_untrained"] = self.code_quality()["agreement"] if several else None
-        for p in self.model.parameters() if self.world > 1 else ():
-            dist.broadcast(p.data, 0)
-        if compiled:
-            self.model.compile()
-        self.micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
-        budgets = flags["pictures"], flags["epochs"] and flags["epochs"] * len(self.rows)
-        self.total = min((math.ceil(n / flags["batch"]) for n in budgets if n), default=math.inf)
-        self.limit = 60 * (flags["minutes"] or math.inf)   # it may end the run first: epochs are not known
-        self.epochs = None if flags["minutes"] else self.total * flags["batch"] / len(self.rows)
-        self.began, self.clock = time.monotonic() - elapsed, elapsed
-        self.first, self.progress = self.step, Progress(self.fraction())
+@dataclass(eq=False)
+class Training:
+    """What a run works with. `checkpoint` is the dict of the file `out`, as it was last saved or is to be."""
+    settings: dict
+    out: str
+    device: torch.device
+    pictures: NamedTuple
+    rows: np.ndarray           # of the training pictures
+    held_out: np.ndarray       # rows of the held-out ones, in the order in which they are evaluated
+    model: UNet
+    optimizer: torch.optim.Adam
+    checkpoint: dict
+    steps: int                 # of the whole run
+    epochs: float              # the same, in passes over the training pictures
+    share: slice               # what this process computes of a batch
+    micro_batch: int           # pictures at a time
+    first_step: int            # of this session
+    elapsed_before: float      # seconds of earlier sessions
+    stamp: tuple               # of the file `out`, as this run left it
+    began: float = field(default_factory=time.monotonic)
 
     def seconds(self):
+        """Seconds since this session began."""
         return time.monotonic() - self.began
 
-    def fraction(self, part=0, clock=None):
-        return min(1.0, max((self.step + part) / self.total, (clock or self.clock) / self.limit))
-
-    def rate(self):
+    def rate(self, step):
         """Pictures a second, of this session."""
-        return (self.step - self.first) * self.flags["batch"] / (time.monotonic() - self.progress.start)
+        return (step - self.first_step) * self.settings["batch"] / self.seconds()
 
-    def skips_closed(self):
-        """During the warm-up; once open, they stay so, also when a run is lengthened."""
-        opened = any(weight.any() for weight in skip_weights(self.model))
-        return not opened and self.fraction() < warm_up(self.epochs)
-
-    def next_batch(self):
-        """x, y of this process's share of the next batch; Adam's rate is set for it."""
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.fraction(), self.epochs)
-        batch, seed, sigma_max = (self.flags[k] for k in ("batch", "seed", "sigma_max"))
-        rows = batch_rows(self.rows, self.step, batch, seed)
-        share = slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
-        x, y, _ = noisy_batch(self.pictures.x, rows, self.step, seed, sigma_max, self.device)
-        return x[share], y[share]
-
-    def show(self, done):
-        """Status line after `done` of this process's share of a step."""
-        found, text = self.summary, f"{self.rate():.0f}/s"
-        if "psnr" in found:
-            psnr = " ".join(f"{v:.1f}" for sigma, v in found["psnr"].items() if sigma in (0.1, 0.5))
-            text += f"  PSNR {psnr} dB  use of M {found['use'][0.5]:.2f} dB  cos φ {found['cosine']:.2f}"
-        self.progress(self.fraction(done / self.flags["batch"] * self.world, self.seconds()), text)
-
-    def code_quality(self):
-        """`variety` and class agreement, of training pictures too: few held-out *files* make many tiles."""
-        rows = np.concatenate([self.held_out[:500], self.rows[epoch_order(len(self.rows), 0, 0)[:1000]]])
-        v = fixed_phi(self.model, to_batch(self.pictures.x[rows], self.device), 2)
-        share = float(own_class(v, self.pictures.labels[rows]).mean())
-        return dict(variety(v), agreement=None if math.isnan(share) else share)
-
-    def measure(self):
-        """Held-out PSNR, the use of M, and what φ is worth: a dict for the curve."""
-        x = to_batch(self.pictures.x[self.held_out[:256]], self.device)
-        psnr = evaluate(self.model, x, self.micro, self.flags["sigma_max"], self.flags["precision"])
-        between = torch.pdist(fixed_phi(self.model, x[:64]).cpu())
-        return dict(psnr=psnr, use=use_of_M(self.model, x[:128], micro_batch=self.micro),
-                    **self.code_quality(),
-                    phi_distance=float(between.mean()) if len(between) else None)
-
-    def save(self, losses, measured=True):
-        """Write the checkpoint, the curve and the picture; with `measured`, evaluate first.
-
-        Returns the UserError, already said, if they cannot be written: there may be room next time.
-        """
-        if self.rank:
-            return None
-        model, flags, seen = self.model, self.flags, self.step * self.flags["batch"]
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise UserError(f"the weights are not finite after step {self.step}; {self.out} is as it was")
-        self.summary = self.summary | (self.measure() if measured else {}) | dict(
-            step=self.step, epoch=seen / len(self.rows), pictures_seen=seen,
-            loss=float(np.mean(losses)) if losses else None, lr=self.optimizer.param_groups[0]["lr"],
-            minutes=self.seconds() / 60, images_per_second=self.rate(),
-            training_pictures=len(self.rows), device=str(self.device))
-        self.curve += [self.summary] if measured else []
-        buffer = io.BytesIO()                  # torch's own writer hides why a disk refused it
-        torch.save(dict(
-            format=FORMAT, model={k: flags[k] for k in ("width", "channels", "levels")}, mean=self.mean,
-            weights=model.state_dict(), optimizer=self.optimizer.state_dict(), size=flags["size"],
-            sigma_max=flags["sigma_max"], flags=flags, step=self.step, elapsed=self.seconds(),
-            fingerprint=self.pictures.fingerprint, training=self.summary, curve=self.curve), buffer)
-        try:
-            with write(self.out) as file:
-                file.write(buffer.getbuffer())
-            with write(self.out[:-3] + ".jsonl") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in self.curve).encode())
-            if measured:
-                x = to_batch(self.pictures.x[self.held_out[:8]], self.device)
-                with write(self.out[:-3] + ".png") as file:
-                    draw_evaluation(model, x, self.curve).save(file, "png")
-        except UserError as error:
-            say(str(error))
-            return error
+    def save_interval(self, step):
+        """Seconds between two saves: a twelfth of the run, between 30 and 300."""
+        whole = self.seconds() * (self.steps - self.first_step) / (step - self.first_step)
+        return min(300, max(30, whole / 12))
 
 
-def describe(run):
-    """Say at the start what will be done, with what."""
-    flags, sees, skipped = run.flags, receptive_field(run.model.levels), run.pictures.skipped
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    budget = " or ".join(f"{flags[name]:,.10g} {name}" for name in BUDGETS if flags[name])
-    say(f"device        {run.device}, {run.world} process{'es' * (run.world > 1)}, {flags['precision']}")
-    say(f"network       width {flags['width']}, {flags['levels']} levels, {parameters:.2f} M parameters; M "
-        f"sees {sees}×{sees} pixels" + ", not the picture: φ will be local" * (sees < flags["size"]))
-    say(f"pictures      {len(run.rows)} to train on, {len(run.held_out)} held out, {flags['size']}×"
-        f"{flags['size']}×{flags['channels']}, {len(run.pictures.classes)} classes")
-    if skipped:
-        say(f"skipped       {len(skipped)} files: {'; '.join(skipped[:3])}")
-    say(f"run           {budget}, batch {flags['batch']} in micro-batches of {run.micro}"
-        + f", resumed at step {run.step}" * bool(run.step))
+def prepare(settings, out, device, resume, micro_batch):
+    """Pictures, network and optimiser of a run, new or resumed: a Training. Raises UserError."""
+    batch, seed = settings["batch"], settings["seed"]
+    pictures, rows, held_out_rows = training_data(settings)
+    if resume and resume["fingerprint"] != pictures.fingerprint:
+        raise UserError(f"--data {settings['data']}: these are not the pictures that {out} was trained on; "
+                        "were some added or removed?")
+    mean = (pictures.x[rows[:10_000]].mean((0, 1, 2)) / 255).tolist()          # the mean colour m
+    torch.manual_seed(seed)                    # the same weights on every process
+    model, optimizer = new_network(settings, device)
+    if resume:
+        checkpoint = resume
+        restore(model, optimizer, resume, out)
+    else:
+        checkpoint = dict(
+            model={name: settings[name] for name in ("width", "channels", "levels")}, size=settings["size"],
+            sigma_max=settings["sigma_max"], mean=mean, fingerprint=pictures.fingerprint, step=0, elapsed=0.0,
+            training={}, curve=[], run=os.urandom(8).hex())
+        first_rows = batch_rows(rows, 0, min(batch, 64), seed)
+        _, y, _ = noisy_batch(pictures.x, first_rows, 0, seed, settings["sigma_max"], device)
+        initialise(model, y, mean)
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    pictures_to_see = settings["pictures"] or settings["epochs"] * len(rows)
+    steps = math.ceil(pictures_to_see / batch)
+    share = share_of_batch(batch)
+    largest = micro_batch or fitting_micro_batch(settings, device)
+    return Training(
+        settings, out, device, pictures, rows, model=model, optimizer=optimizer, checkpoint=checkpoint,
+        held_out=np.random.default_rng((seed, HELD_OUT)).permutation(held_out_rows), steps=steps,
+        epochs=steps * batch / len(rows), share=share,
+        micro_batch=equal_parts(share.stop - share.start, largest), first_step=checkpoint["step"],
+        elapsed_before=checkpoint["elapsed"], stamp=file_stamp(out))
 
 
-def conclude(run):
-    """Say at the end how it went and what comes next; True if the run is complete."""
-    complete, found, out = run.fraction() >= 1, run.summary, shlex.quote(run.out)
-    done = f"{run.step} steps, {run.step * run.flags['batch']:,} pictures, {duration(run.seconds())}"
-    if run.step == run.first:
-        say(f"{out}: already complete ({done}); a larger --pictures, --epochs or --minutes makes it longer"
-            if complete else "stopped before the first step; nothing was written")
-        return complete
-    say(f"{'complete' if complete else 'stopped'} after {done}")
-    if "psnr" in found:
-        psnr, use = (", ".join(f"{v:.2f} dB (σ {s:g})" for s, v in found[k].items()) for k in ("psnr", "use"))
-        say(f"held-out PSNR {psnr}")
-        say(f"use of M      {use}; cosine of φ between pictures {found['cosine']:.2f}, "
-            f"{found['silent']} channels silent")
-        if found["agreement"] is not None:
-            say(f"class agreement {found['agreement']:.2f}, untrained {found['agreement_untrained']:.2f}")
-    say(f"wrote {run.out}, .jsonl{' and .png' * ('psnr' in found)} beside it; " + (
-        f"next: python sample.py {out}; python analyze.py {out}" if complete else
-        f"go on with: python train.py --out {out} --resume"))
-    return complete
-
-
-def new_network(flags, device):
-    """A network for these flags, and its optimiser."""
-    model = UNet(flags["width"], flags["channels"], flags["levels"]).to(device)
+def new_network(settings, device):
+    """A network for these settings, and its optimiser."""
+    model = UNet(settings["width"], settings["channels"], settings["levels"]).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
+
+
+def restore(model, optimizer, checkpoint, path):
+    """Weights and Adam's state from a checkpoint, in place. UserError if they are another network's."""
+    with explain(path, "cannot be gone on with"):
+        model.load_state_dict(checkpoint["weights"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for p in model.parameters():
+            if optimizer.state[p]["exp_avg"].shape != p.shape:
+                raise ValueError("Adam's state is another network's")
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     """The seeded permutation of 0 … n−1 in which an epoch visits the training pictures."""
-    return np.random.default_rng((seed, 2, epoch)).permutation(n)
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
 
 
-def batch_rows(train, step, batch, seed):
-    """Rows of global batch `step`: epochs laid end to end and cut: every picture counts equally."""
-    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), len(train))
-    return np.concatenate([train[epoch_order(len(train), seed, epoch)[places[epochs == epoch]]]
-                           for epoch in np.unique(epochs).tolist()])
+def batch_rows(rows, step, batch, seed):
+    """Rows of global batch `step`: epochs laid end to end and cut, so that every picture counts equally."""
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), len(rows))
+    parts = []
+    for epoch in np.unique(epochs).tolist():
+        parts.append(rows[epoch_order(len(rows), seed, epoch)[places[epochs == epoch]]])
+    return np.concatenate(parts)
 
 
-def seeded(device, *words):
-    """A torch.Generator on `device` for these integers: no noise depends on what was drawn before."""
-    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
-    return torch.Generator(device).manual_seed(seed)
+def save(training, step, losses, stopping):
+    """Evaluate (unless the run is to stop at once) and write the checkpoint, the curve and the picture.
+
+    A disk that refuses ends the run only at its end: there may be room next time. Raises UserError for
+    weights that are not finite, and if another run has written the file meanwhile.
+    """
+    if not main_process():
+        return
+    model, checkpoint, settings, out = training.model, training.checkpoint, training.settings, training.out
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"the weights are not finite after step {step}; {out} is as it was last saved")
+    if file_stamp(out) != training.stamp:
+        raise UserError(f"{out}: another run has written it meanwhile; this one stops after step {step}")
+    seen, complete = step * settings["batch"], step == training.steps
+    elapsed = training.elapsed_before + training.seconds()
+    summary = {**checkpoint["training"], "step": step, "pictures_seen": seen, "loss": float(np.mean(losses)),
+               "minutes": elapsed / 60, "images_per_second": training.rate(step),
+               "training_pictures": len(training.rows), "device": str(training.device)}
+    measured = complete or not stopping
+    if measured:
+        summary |= measure(training)
+        checkpoint["curve"] = [*checkpoint["curve"], summary]
+        say_measured(summary)
+    checkpoint |= dict(weights=model.state_dict(), optimizer=training.optimizer.state_dict(), flags=settings,
+                       step=step, elapsed=elapsed, training=summary)
+    try:
+        save_checkpoint(out, checkpoint)
+        training.stamp = file_stamp(out)
+        write_companions(training, measured)
+    except UserError as error:
+        if complete or stopping:
+            raise
+        say(f"{error}; the run goes on")
 
 
-def over_processes(numbers, device, op=dist.ReduceOp.SUM):
-    """A few numbers, summed (or by `op`) over all processes, so that all of them decide alike."""
+def measure(training):
+    """The evaluation on held-out pictures: a dict of numbers for the curve."""
+    x = to_batch(training.pictures.x[training.held_out[:256]], training.device)
+    sigma_max = training.settings["sigma_max"]
+    sigmas = [sigma for sigma in SIGMAS if sigma <= sigma_max] or [sigma_max]
+    psnr_of = evaluate(training.model, x, sigmas, training.micro_batch)
+    use_sigmas = [sigma for sigma in (0.1, 0.3, 0.5, 1.0) if sigma in sigmas] or sigmas
+    use_of = use_of_M(training.model, x[:128], use_sigmas, training.micro_batch)
+    distances = torch.pdist(fixed_phi(training.model, x[:64]).cpu())
+    numbers = {"psnr": {sigma: float(values.mean()) for sigma, values in psnr_of.items()},
+               "use": {sigma: mean_error(values)[0] for sigma, values in use_of.items()},
+               "use_error": {sigma: mean_error(values)[1] for sigma, values in use_of.items()},
+               **variety(fixed_phi(training.model, x, 2))}
+    if len(distances):
+        numbers["phi_distance"] = float(distances.mean())                      # what sample.py compares with
+    return numbers
+
+
+def write_companions(training, measured):
+    """The curve, a line of JSON an evaluation, and rows of held-out pictures: clean, noisy, denoised."""
+    run_name = training.checkpoint["run"]
+    lines = [json.dumps({"run": run_name, **numbers}) + "\n" for numbers in training.checkpoint["curve"]]
+    curve_path, picture_path = companions(training.out)
+    with write(curve_path) as file:
+        file.write("".join(lines).encode())
+    if measured:
+        x = to_batch(training.pictures.x[training.held_out[:8]], training.device)
+        mark = PngImagePlugin.PngInfo()
+        mark.add_text("run", run_name)                     # a resumed run may replace what bears its name
+        with write(picture_path) as file:
+            draw_evaluation(training.model, x).save(file, "png", pnginfo=mark)
+
+
+def companions(out):
+    """The files beside a checkpoint: its curve and its picture."""
+    return [out[:-3] + ".jsonl", out[:-3] + ".png"]
+
+
+@torch.no_grad()
+def draw_evaluation(model, x):
+    """Held-out pictures x (≤ 8, C, H, W): clean, noisy and denoised at three σ. A PIL image."""
+    rows = [("clean", x)]
+    for k, sigma in enumerate((0.1, 0.3, 0.7)):
+        y = x + sigma * torch.randn(x.shape, generator=seeded(x.device, HELD_OUT, k), device=x.device)
+        rows += [(f"σ {sigma:g}", y), ("denoised", model(y))]
+    return picture_rows(rows, side=96)
+
+
+def describe(training):
+    """Say at the start what will be done, with what."""
+    settings, pictures, size = training.settings, training.pictures, training.settings["size"]
+    parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
+    sees = receptive_field(settings["levels"])
+    say(f"device    {training.device}, {settings['precision']}, processes: {processes()}")
+    say(f"network   width {settings['width']}, {settings['levels']} levels, {parameters:.2f} M parameters; "
+        f"M sees {sees}×{sees} pixels")
+    if sees < size:
+        say(f"warning: that is less than the picture, {size}×{size}; φ will be local")
+    say(f"pictures  {len(training.rows)} to train on, {len(training.held_out)} held out, {size}×{size}, "
+        f"{settings['channels']} channels; {names_of_classes(pictures.classes)}")
+    say(f"run       {training.steps * settings['batch']:,} pictures to see, batch {settings['batch']} in "
+        f"micro-batches of {training.micro_batch}")
+    if training.first_step:
+        say(f"resumed   at step {training.first_step} of {training.steps}")
+
+
+def names_of_classes(classes):
+    """A few of the classes, so that one sees whether they are what was meant."""
+    if not classes:
+        return "no classes"
+    names = ", ".join(classes[:3])
+    if len(classes) > 3:
+        names += ", …"
+    return f"{len(classes)} classes: {names}"
+
+
+def say_measured(numbers):
+    """One line for an evaluation; σ = 0.5 stands for all where the network knows it."""
+    psnr_text = " ".join(f"{value:.1f}" for value in numbers["psnr"].values())
+    sigma = 0.5 if 0.5 in numbers["use"] else max(numbers["use"])
+    use, error = numbers["use"][sigma], numbers["use_error"][sigma]
+    say(f"{numbers['pictures_seen']:,} pictures seen: PSNR {psnr_text} dB; use of M {use:.2f} ± {error:.2f} dB "
+        f"at σ {sigma:g}; cosine of φ {numbers['cosine']:.2f}")
+
+
+def conclude(training, step):
+    """Say at the end how it went and what comes next; True if the run is complete."""
+    complete, out = step == training.steps, shlex.quote(training.out)
+    done = f"{step} steps, {step * training.settings['batch']:,} pictures"
+    if step == training.first_step:
+        say(f"{out}: already complete ({done}); a larger --pictures or --epochs makes it longer")
+        return complete
+    if complete:
+        sigmas = ", ".join(f"{sigma:g}" for sigma in training.checkpoint["training"].get("psnr", {}))
+        say(f"complete after {done}; PSNR above is of held-out pictures, at σ = {sigmas}")
+        say(f"next: python sample.py {out} and python analyze.py {out}")
+    else:
+        say(f"stopped after {done}; go on with: python train.py --out {out} --resume")
+    say(f"wrote {training.out}, and beside it its curve (.jsonl) and pictures (.png)")
+    return complete
+
+
+# Memory, files and processes
+
+def share_of_batch(batch):
+    """What this process computes of a global batch, a slice: all, unless torchrun has started several."""
     if not dist.is_initialized():
-        return numbers
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    dist.all_reduce(numbers, op)
-    return numbers.tolist()
+        return slice(0, batch)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
-def fitting_micro_batch(flags, device):
+def equal_parts(n, largest):
+    """The size of equal parts of n pictures, none of more than `largest`: 32 by 30 makes parts of 16."""
+    parts = math.ceil(max(1, n) / largest)
+    return math.ceil(max(1, n) / parts)
+
+
+def fitting_micro_batch(settings, device):
     """Pictures whose activations fit: 256 MiB on a CPU (more is no faster), half of a GPU's free memory."""
-    width, levels, size = flags["width"], flags["levels"], flags["size"]
+    width, levels, size = settings["width"], settings["levels"], settings["size"]
     # per level 8 layers, each kept before and after its normalisation, and three maps' worth of concatenation
-    layers = sum(19 * width * 2 ** k * (size // 2 ** k) ** 2 for k in range(levels))
-    layers += 6 * width * 2 ** levels * (size // 2 ** levels) ** 2
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 ** 28
-    return max(1, room // (4 * layers))
+    values = 6 * width * 2 ** levels * (size // 2 ** levels) ** 2
+    for k in range(levels):
+        values += 19 * width * 2 ** k * (size // 2 ** k) ** 2
+    room = 2 ** 28
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] // 2
+    return max(1, room // (4 * values))
+
+
+def file_stamp(path):
+    """What changes when another program writes the file; None if there is none."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def processes():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def main_process():
+    """Is this the process that writes?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def over_processes(value, device, op=dist.ReduceOp.SUM):
+    """A number, summed (or by `op`) over all processes, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return value
+    value = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(value, op)
+    return value.item()
+
+
+def any_process(flag, device):
+    """Does any of the processes say so?"""
+    return bool(over_processes(float(flag), device, dist.ReduceOp.MAX))
+
+
+def add_gradients(model):
+    """The sum of all processes' gradients, in place; a process whose share is empty adds nothing."""
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
 
 
 # Evaluation, on held-out pictures: is it learning, and through M?
@@ -411,23 +542,40 @@ def fitting_micro_batch(flags, device):
 SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
 
 
-@torch.no_grad()
-def evaluate(model, x, micro_batch=128, sigma_max=1.0, precision="fp32", sigmas=SIGMAS, swap_M=False):
-    """Held-out PSNR at each σ ≤ sigma_max, {σ: 10 log₁₀(1 / mean squared error of x̂(x + σz)), in dB}.
+def psnr(x_hat, x):
+    """10 log₁₀(1 / mean squared error) of each picture, (N,), in dB, at most 100; both (N, C, H, W)."""
+    return -10 * (x_hat - x).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
-    x: (N, C, H, W); z is always the same. swap_M: M-maps are those of the picture before.
+
+@torch.no_grad()
+def evaluate(model, x, sigmas=SIGMAS, micro_batch=128, swap_M=False):
+    """PSNR of x̂(x + σz) at each σ: {σ: (N,), in dB, one a picture}; their mean is the papers' PSNR.
+
+    x: (N, C, H, W); z is always the same. swap_M: M's maps are those of the picture before.
     """
-    psnr = {}
-    for sigma in [s for s in sigmas if s <= sigma_max] or [sigma_max]:
-        z = torch.randn(x.shape, generator=seeded(x.device, 3, round(1000 * sigma)), device=x.device)
-        y, error = x + sigma * z, 0.0
-        for clean, noisy, before in zip(*(v.split(micro_batch) for v in (x, y, y.roll(1, 0)))):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                maps, skips = model.encode(noisy)
-                x_hat = model.decode(model.encode(before)[0] if swap_M else maps, skips)
-            error += (x_hat.float() - clean).square().sum().item()
-        psnr[sigma] = -10 * math.log10(max(error, 1e-30) / x.numel())
-    return psnr
+    values = {}
+    for sigma in sigmas:
+        z = torch.randn(x.shape, generator=seeded(x.device, EVALUATION, round(1000 * sigma)), device=x.device)
+        y, parts = x + sigma * z, []
+        y_before = y.roll(1, 0)
+        for i in range(0, len(x), micro_batch):
+            rows = slice(i, i + micro_batch)
+            maps, skips = model.encode(y[rows])
+            if swap_M:
+                maps, _ = model.encode(y_before[rows])
+            parts.append(psnr(model.decode(maps, skips), x[rows]))
+        values[sigma] = torch.cat(parts).cpu().numpy()
+    return values
+
+
+def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), micro_batch=128):
+    """{σ: dB of PSNR that each picture loses when its M-maps are another picture's, (N,)}; x: (N, C, H, W).
+
+    0: the decoder does not listen to M, and φ, whatever it says about pictures, is not what denoises them.
+    """
+    with_its_own = evaluate(model, x, sigmas, micro_batch)
+    with_another = evaluate(model, x, sigmas, micro_batch, swap_M=True)
+    return {sigma: with_its_own[sigma] - with_another[sigma] for sigma in sigmas}
 
 
 def input_psnr(sigmas):
@@ -435,56 +583,22 @@ def input_psnr(sigmas):
     return -20 * np.log10(sigmas)
 
 
-def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), **options):
-    """{σ: dB of PSNR lost when every picture's M-maps are another picture's}, for x (N, C, H, W).
-
-    0: the decoder does not listen to M, and φ, whatever it says about pictures, is not what denoises them.
-    """
-    own, swapped = (evaluate(model, x, sigmas=sigmas, swap_M=swap, **options) for swap in (False, True))
-    return {sigma: own[sigma] - swapped[sigma] for sigma in own}
-
-
-def fixed_phi(model, x, draws=20):
-    """φ at σ = 0.3, (N, d), always with the same noise: what distances between pictures are measured in."""
-    return torch.cat([phi(model, part, 0.3, draws, seeded(x.device, 77, i))
-                      for i, part in enumerate(x.split(256))])
-
-
 def variety(code):
     """Does φ vary? dict(cosine, the mean between two pictures; silent: channels 0 for all); code: (N, d)."""
-    u, n = F.normalize(code, dim=1), len(code)
-    cosine = (u.sum(0).square().sum() - u.square().sum()) / max(1, n * (n - 1))
-    return dict(cosine=float(cosine), silent=int((code.amax(0) <= 1e-6).sum()))
+    unit, n = F.normalize(code, dim=1), len(code)
+    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / max(1, n * (n - 1))
+    return {"cosine": float(cosine), "silent": int((code.amax(0) <= 1e-6).sum())}
 
 
-def aliveness(model, x):
-    """Is φ a code that the denoiser uses? dict(use of M {σ: dB}, cosine, silent), for x (N, C, H, W)."""
-    return dict(use=use_of_M(model, x), **variety(fixed_phi(model, x, 4)))
-
-
-def nearest(code, queries, k):
-    """Indices (q, k) of the k rows of code (n, d) nearest to its rows `queries` by cosine, nearest first."""
-    unit = F.normalize(code, dim=1)
-    cosine = unit[queries] @ unit.T
-    cosine[torch.arange(len(queries)), torch.as_tensor(queries)] = -2          # not itself
-    return cosine.topk(min(k, len(code) - 1), dim=1).indices.cpu().numpy()
-
-
-def own_class(code, labels, k=10):
-    """Share of the k nearest that are of a picture's own class, a value for each that has one, or one NaN.
-
-    code: (N, d); labels: (N,), −1 for no class.
-    """
-    code, labels = code[labels >= 0], labels[labels >= 0]
-    if len(set(labels)) < 2:
-        return np.array([math.nan])
-    return (labels[nearest(code, np.arange(len(labels)), k)] == labels[:, None]).mean(1)
+def mean_error(values):
+    """Mean and standard error of one value a picture, (n,)."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 # A.2, Pictures
-
-EXTENSIONS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif".split())
-
 
 class Pictures(NamedTuple):
     """A data set, decoded once. Everything but `x` is small."""
@@ -493,8 +607,16 @@ class Pictures(NamedTuple):
     labels: np.ndarray      # (N,) index into `classes`, −1 for none; never used in training
     classes: list           # names of the sub-folders; with tiles and no sub-folders, of the pictures
     groups: np.ndarray      # (N,) pictures of one group stay on one side of every split
-    skipped: list           # "file: reason" for each file that could not be used
-    fingerprint: str        # hash of the pictures, whatever their order
+    hashes: np.ndarray      # (N,) of the pixels: an order that does not depend on the names of files
+    fingerprint: str        # of all pictures, whatever their order
+
+
+def training_data(settings):
+    """(Pictures, training rows, held-out rows) for the settings of a run. Errors: as `load_pictures`."""
+    pictures = load_pictures(settings["data"], settings["size"], settings["channels"], settings["patches"])
+    rows, held_out = split(pictures, settings["val"], settings["seed"])
+    rows = training_part(pictures, rows, settings["subset"], settings["limit"], settings["seed"])
+    return pictures, rows, held_out[np.argsort(pictures.hashes[held_out])]
 
 
 def load_pictures(data=None, size=64, channels=3, patches=False):
@@ -503,35 +625,31 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
     x is (N, size, size, channels). UserError if nothing is usable.
     """
     if is_synthetic(data):
-        x, labels, classes = builtin_pictures(20_000, size, channels, data)
-        paths, source, skipped = [f"{data or 'built-in'}#{i}" for i in range(len(x))], np.arange(len(x)), []
+        x, labels, classes = synthetic_pictures(data, size, channels)
+        source = np.arange(len(x))
+        paths = [f"{data or 'built-in'}#{i}" for i in range(len(x))]
     else:
-        parts, counts, names, kinds, skipped = deque(), [], [], [], []
-        for items, item_names, item_kinds in read(data):
-            for tiles, count, unusable in decode_pictures(items, item_names, size, channels, patches):
-                parts.append(tiles)
-                counts += count
-                skipped += unusable
-            names, kinds = names + item_names, kinds + item_kinds
-        source, row = np.repeat(np.arange(len(names)), counts), 0
-        x = parts.pop() if len(parts) == 1 else np.empty((len(source), size, size, channels), np.uint8)
-        while parts:                           # each freed once it is copied: the data are never there twice
-            x[row:row + len(parts[0])] = parts[0]
-            row += len(parts.popleft())
-        if not len(x):
-            raise UserError(f"--data {data}: none of its {len(skipped)} pictures could be used, for instance "
-                            + "; ".join(skipped[:3]))
-        if patches and not any(kinds):
-            kinds = [Path(name).stem for name in names]
-        classes = sorted(set(kinds) - {None}, key=lambda c: (len(c) * c.isdigit(), c))     # "10" after "9"
+        files, arrays = list_pictures(data)
+        if files:
+            x, source = read_files(files, data, size, channels, patches)
+            names, class_names = files, class_folders(files, data)
+        else:
+            x, source, names, class_names = read_arrays(arrays, size, channels, patches)
+        if patches and not any(class_names):
+            class_names = [Path(name).stem for name in names]
+        classes = sorted(set(class_names) - {None}, key=in_order)
         number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
-        labels = np.array([number_of[k] for k in kinds])[source]
-        tile = np.arange(len(x)) - np.searchsorted(source, source)
-        paths = [names[s] + f"#{t}" * patches for s, t in zip(source, tile)]
-    digests, constant = zip(*((digest(picture), (picture == picture[0, 0]).all()) for picture in x))
-    hashes = np.frombuffer(b"".join(digests), np.uint64)
-    groups = join_groups(source, hashes, np.array(constant))
-    return Pictures(x, paths, labels, classes, groups, skipped, digest(np.sort(hashes)).hex())
+        labels = np.array([number_of[name] for name in class_names])[source]
+        paths = [names[s] for s in source]
+        if patches:
+            tile = np.arange(len(x)) - np.searchsorted(source, source)
+            paths = [f"{path}#{t}" for path, t in zip(paths, tile)]
+    hashes = np.frombuffer(b"".join(digest(picture) for picture in x), np.uint64)
+    joins = np.ones(len(x), bool)
+    if patches:                                # tiles of one colour would join files that share nothing
+        joins = np.array([bool((picture != picture[0, 0]).any()) for picture in x])
+    groups = join_groups(source, hashes, joins)
+    return Pictures(x, paths, labels, classes, groups, hashes, digest(np.sort(hashes)).hex())
 
 
 def digest(array):
@@ -539,88 +657,272 @@ def digest(array):
     return hashlib.blake2b(array.tobytes(), digest_size=8).digest()
 
 
+def in_order(name):
+    """The key that sorts class "10" behind "9"."""
+    if name.isdigit():
+        return (len(name), name)
+    return (0, name)
+
+
 def is_synthetic(data):
-    """Does --data name pictures that are computed, not read?"""
-    return data is None or data == "disc" or data.startswith("calpha:")
+    """Does --data name pictures that are computed? What exists on the disk is read."""
+    return data is None or (data == "disc" or data.startswith("calpha:")) and not os.path.exists(data)
 
 
-def read(data):
-    """Yields (pictures, their names, their classes or None): of a folder the files, else arrays (N, H, W, C).
+SKIPPED_FOLDERS = {"@eadir", "__macosx"}
+NO_CLASSES = {"train", "val", "valid", "validation", "test", "images"}
 
-    The arrays: of a .npy, a .npz, or each .npz in a folder. A .npz's pictures are its `data`, or its first
-    uint8 array, the classes its `labels`.
+
+def list_pictures(data):
+    """The picture files below a folder, and the array files (.npz in a folder; `data` itself if a file).
+
+    Everything that Pillow can open is a picture file. Hidden files and folders are passed over, links
+    followed once; what else is passed over is counted in one line. Raises UserError if there is nothing, or
+    both kinds.
     """
     if not os.path.exists(data):
-        raise UserError(f"--data {data}: no such file or folder")
-    if files := list_files(data, EXTENSIONS):
-        inside = [Path(f).relative_to(data).parts[:-1] for f in files]
-        yield files, files, [p[0] if p else None for p in inside]              # class: the first sub-folder
-        return
-    files = list_files(data, {".npz"}) if os.path.isdir(data) else [data]
-    if not files or not files[0].lower().endswith((".npy", ".npz")):
-        raise UserError(f"--data {data}: looked for a folder with pictures ({' '.join(sorted(EXTENSIONS))}, "
-                        f"at any depth) or .npz batches, or one .npy or .npz file; found none")
-    for path in files:
-        try:
-            file = np.load(path, mmap_mode="r", allow_pickle=False)
-            found = {"data": file} if isinstance(file, np.ndarray) else dict(file)
-        except Exception as error:             # numpy and zipfile raise nearly anything for a damaged file
-            raise UserError(f"{path}: not a whole {path[-4:]} file ({error})") from None
-        x, labels = found.get("data"), found.get("labels")
-        if x is None:
-            x = next((a for a in found.values() if a.dtype == np.uint8 and a.ndim > 1), np.zeros(0))
-        side = math.isqrt(x.shape[1] // 3) if x.ndim == 2 else 0
-        if side and x.shape[1] == 3 * side * side:         # ImageNet64: all red, all green, all blue
-            x = x.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
-        x = x[..., None] if x.ndim == 3 else x
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
-            raise UserError(f"{path}: pictures must be uint8 of shape (N, H, W), (N, H, W, 1), (N, H, W, 3) "
-                            f"or (N, 3·side²); this is {x.dtype} {x.shape}")
-        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(x),)):
-            raise UserError(f"{path}: labels must be {len(x)} integers, not {labels.dtype} {labels.shape}")
-        kinds = [None] * len(x) if labels is None else [str(v) if v >= 0 else None for v in labels]
-        yield x, [f"{path}#{i}" for i in range(len(x))], kinds
+        raise UserError(f"--data {data}: there is no such file or folder")
+    if not os.path.isdir(data):
+        if not data.lower().endswith((".npy", ".npz")):
+            raise UserError(f"--data {data}: must be a folder of pictures, or a .npy or .npz file")
+        return [], [data]
+    Image.init()
+    readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files, arrays, passed_over = [], [], Counter()
+    for path in walk(data):
+        ending = os.path.splitext(path)[1]
+        if not os.path.isfile(path):                       # a FIFO would be waited for
+            passed_over["no regular file"] += 1
+        elif ending.lower() in readable:
+            files.append(path)
+        elif ending.lower() == ".npz":
+            arrays.append(path)
+        else:
+            passed_over[ending or "without an extension"] += 1
+    if passed_over:
+        kinds = ", ".join(f"{n} {ending}" for ending, n in passed_over.most_common(8))
+        say(f"passed over in {data}: {kinds}")
+    if files and arrays:
+        raise UserError(f"--data {data}: holds {len(files)} picture files and {len(arrays)} .npz files; "
+                        "keep one kind")
+    if not files and not arrays:
+        raise UserError(f"--data {data}: holds no pictures that Pillow opens, at any depth, and no .npz")
+    return files, arrays
 
 
-def decode_pictures(items, names, size, channels, patches):
-    """Files, or arrays (H, W, C), in parallel; yields (x, how many come from each item, ["name: reason"])."""
-    if isinstance(items, np.ndarray) and items.shape[1:] == (size, size, channels):
-        yield items, [1] * len(items), []      # a .npy stays on the disk
-        return
-
-    def some(block):
-        tiles, skipped = [], []
-        for item, name in zip(items[block], names[block]):
-            try:
-                with (Image.open(item) if isinstance(item, str) else
-                      Image.fromarray(np.repeat(item, 3 // item.shape[2], 2))) as image:
-                    tiles.append(to_pixels(image, size, channels, patches))
-            except Exception as error:         # damaged files raise nearly anything, by format
-                tiles.append(np.empty((0, size, size, channels), np.uint8))
-                skipped.append(f"{name}: {error}")
-        return np.concatenate(tiles), list(map(len, tiles)), skipped
-
-    blocks, progress = [slice(i, i + 64) for i in range(0, len(items), 64)], Progress()
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for k, found in enumerate(pool.map(some, blocks)):
-            yield found
-            progress((k + 1) / len(blocks), "reading pictures")
-
-
-def list_files(folder, extensions):
-    """All files below a folder with one of the extensions in any case, sorted; links are followed once."""
+def walk(folder):
+    """All files below a folder but hidden ones, sorted; links are followed once. Raises UserError."""
     def unreadable(error):
         if isinstance(error, PermissionError):             # a whole class may lie there
             raise UserError(f"--data {folder}: {error.filename} cannot be read") from None
 
-    found, seen = [], set()
+    paths, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(root)
-        folders[:] = [] if real in seen else sorted(folders)         # a link may lead back up
-        if real not in seen:
-            found += [os.path.join(root, f) for f in files if os.path.splitext(f)[1].lower() in extensions]
+        if real in seen:                                   # a link may lead back up
+            folders.clear()
+            continue
         seen.add(real)
-    return sorted(found)
+        folders[:] = [f for f in folders if not f.startswith(".") and f.lower() not in SKIPPED_FOLDERS]
+        paths += [os.path.join(root, f) for f in files if not f.startswith(".")]
+    return sorted(paths)
+
+
+def class_folders(files, data):
+    """The class of every file: the first sub-folder that tells files apart, or None.
+
+    `train`, `val`, `images` and the like tell no classes, nor does a folder in which all files lie.
+    """
+    folders = []
+    for file in files:
+        parts = Path(file).relative_to(data).parts[:-1]
+        folders.append([part for part in parts if part.lower() not in NO_CLASSES])
+    while all(folders) and len({parts[0] for parts in folders}) == 1:
+        folders = [parts[1:] for parts in folders]
+    return [parts[0] if parts else None for parts in folders]
+
+
+def cores():
+    """The CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def read_files(files, data, size, channels, patches):
+    """Picture files, decoded in parallel: x (N, size, size, channels) uint8, and the file's number of each.
+
+    The array is filled directly: the data are never in memory twice. Says what could not be used.
+    """
+    counts = np.ones(len(files), int)
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(min(8, cores())) as pool:
+        if patches:
+            counts = np.array(list(pool.map(functools.partial(count_tiles, size=size), files)), int)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        x = np.empty((starts[-1], size, size, channels), np.uint8)
+        notes = Notes()
+
+        def read_block(first):
+            """64 files; how many pictures each has given."""
+            read = []
+            for i in range(first, min(first + 64, len(files))):
+                try:
+                    with Image.open(files[i]) as image:
+                        tiles = to_pixels(image, size, channels, patches, notes)
+                    x[starts[i]:starts[i] + len(tiles)] = tiles
+                    read.append(len(tiles))
+                except Exception as error:     # damaged files raise nearly anything, by format
+                    notes.skipped.append(f"{files[i]}: {error}")
+                    read.append(0)
+            return read
+
+        progress, read = Progress(), []
+        for block in pool.map(read_block, range(0, len(files), 64)):
+            read += block
+            progress(len(read) / len(files), "reading pictures")
+    n = 0
+    for start, count in zip(starts, read):     # what was skipped has left gaps
+        x[n:n + count] = x[start:start + count]
+        n += count
+    notes.report(data, len(files))
+    if not n:
+        raise UserError(f"--data {data}: none of its {len(files)} files could be used as a picture")
+    return x[:n], np.repeat(np.arange(len(files)), read)
+
+
+class Notes:
+    """What reading pictures has to tell: files that were skipped, 16-bit pixels, files of several pages."""
+
+    def __init__(self):
+        self.skipped, self.several_pages, self.largest_values = [], [], []
+
+    def look_at(self, image):
+        """A PIL image, before it is decoded to 8 bits."""
+        if getattr(image, "is_animated", False):
+            self.several_pages.append(image.filename)
+        if image.mode.startswith("I"):
+            self.largest_values.append(int(np.asarray(image).max()))
+
+    def report(self, data, files):
+        """Say it, a line each."""
+        if self.skipped:
+            say(f"skipped {len(self.skipped)} of {files} files: {'; '.join(self.skipped[:3])}")
+        if self.several_pages:
+            say(f"{len(self.several_pages)} files have several pages; only the first of each is read")
+        largest = max(self.largest_values, default=65535)
+        if not 4096 <= largest <= 65535:
+            say(f"warning: the largest value of the 16-bit pictures in {data} is {largest}, of 65535: they "
+                "come out black or white; rescale them to 0 … 65535 first")
+
+
+def count_tiles(file, size):
+    """How many size×size tiles a picture file holds, from its header; 0 if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return (image.width // size) * (image.height // size)
+    except Exception:                          # damaged files raise nearly anything; they are skipped later
+        return 0
+
+
+class ArrayFile(NamedTuple):
+    """Pictures in a .npy or .npz file, before they are read."""
+    file: str
+    name: str               # of the array in a .npz, "" for a .npy
+    shape: tuple            # (N, H, W, C) of the pictures
+    class_names: list       # N strings or None
+
+
+def read_arrays(files, size, channels, patches):
+    """Pictures of .npy and .npz files: x, the number of the source of each (N,), the sources' names, classes.
+
+    A single array whose pictures fit is x as it is (a .npy stays on the disk); else x is filled directly,
+    from one file after the other. Raises UserError for files that hold no pictures.
+    """
+    arrays, names, class_names = [], [], []
+    for file in files:
+        with explain(file, "not a whole .npy or .npz file of pictures"):
+            arrays.append(find_array(file))
+        names += [f"{file}#{i}" for i in range(arrays[-1].shape[0])]
+        class_names += arrays[-1].class_names
+    if len(arrays) == 1 and arrays[0].shape[1:] == (size, size, channels):
+        return load_array(arrays[0]), np.arange(len(names)), names, class_names
+    tiles = [(array.shape[1] // size) * (array.shape[2] // size) if patches else 1 for array in arrays]
+    counts = np.repeat(tiles, [array.shape[0] for array in arrays])
+    if not counts.sum():
+        raise UserError(f"{files[0]}: its pictures hold no {size}×{size} tile")
+    x, n, progress = np.empty((counts.sum(), size, size, channels), np.uint8), 0, Progress()
+    for array, count in zip(arrays, tiles):
+        for picture in load_array(array):      # (H, W, C)
+            if picture.shape == x.shape[1:]:
+                x[n] = picture
+            elif count:
+                image = Image.fromarray(np.repeat(picture, 3 // picture.shape[2], axis=2))
+                x[n:n + count] = to_pixels(image, size, channels, patches)
+            n += count
+            progress(n / len(x), "reading pictures")
+    return x, np.repeat(np.arange(len(names)), counts), names, class_names
+
+
+def find_array(file):
+    """Which array of a .npy or .npz file holds the pictures: an ArrayFile. ValueError if none or several do.
+
+    In a .npz: `data`, `images`, `x_train`, `arr_0`, or the only one that can be pictures; `labels` are its
+    classes.
+    """
+    if file.lower().endswith(".npy"):
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        return ArrayFile(file, "", picture_shape(array.shape, array.dtype), [None] * len(array))
+    shapes, refused = {}, []
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.namelist():
+            name = member.removesuffix(".npy")
+            try:
+                with archive.open(member) as header:
+                    np.lib.format.read_magic(header)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+                shapes[name] = picture_shape(shape, dtype)
+            except ValueError as error:
+                refused.append(f"{name} ({error})")
+    names = [name for name in ("data", "images", "x_train", "arr_0") if name in shapes] or list(shapes)
+    if not names:
+        raise ValueError("no array of pictures: " + "; ".join(refused))
+    if len(names) > 1 and names == list(shapes):
+        raise ValueError(f"which are the pictures? {', '.join(names)}: name one of them `data`")
+    shape, class_names = shapes[names[0]], [None] * shapes[names[0]][0]
+    with np.load(file, allow_pickle=False) as arrays:
+        if "labels" in arrays:
+            labels = arrays["labels"]
+            if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
+                raise ValueError(f"labels must be {shape[0]} integers, not {labels.dtype} {labels.shape}")
+            class_names = [str(label) if label >= 0 else None for label in labels]
+    say(f"reading {names[0]} of {file}: {shape[0]:,} pictures of {shape[2]}×{shape[1]}, {shape[3]} channels")
+    return ArrayFile(file, names[0], shape, class_names)
+
+
+def picture_shape(shape, dtype):
+    """(N, H, W, C) of an array of uint8 pictures; ValueError if it cannot be one."""
+    if dtype == np.uint8 and len(shape) == 2:
+        side = math.isqrt(shape[1] // 3)
+        if side and shape[1] == 3 * side * side:           # ImageNet64: all red, all green, all blue
+            return shape[0], side, side, 3
+    if dtype == np.uint8 and len(shape) == 3 and shape[2] not in (1, 3):       # else one picture (H, W, C)
+        return *shape, 1
+    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
+        return shape
+    raise ValueError("pictures must be uint8 of shape (N, H, W), (N, H, W, 1 or 3) or (N, 3·side²), not "
+                     f"{dtype} {shape}")
+
+
+def load_array(array):
+    """The pictures of an ArrayFile, (N, H, W, C) uint8."""
+    pixels = np.load(array.file, mmap_mode="r", allow_pickle=False)
+    if array.name:
+        with explain(array.file, "not a whole .npz file"):
+            pixels = pixels[array.name]
+    if pixels.ndim == 2:
+        n, height, width, channels = array.shape
+        return pixels.reshape(n, channels, height, width).transpose(0, 2, 3, 1)
+    return pixels.reshape(array.shape)
 
 
 def load_picture(path, size=None, channels=3, patches=False):
@@ -628,24 +930,24 @@ def load_picture(path, size=None, channels=3, patches=False):
 
     With `patches` the central tile. UserError if it cannot be read as a picture, or is smaller than a tile.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+    with explain(path, "cannot be read as a picture"), warnings.catch_warnings(action="ignore"):
+        with Image.open(path) as image:
             if not size:
                 return np.atleast_3d(flatten(image, channels))
             if patches and min(image.size) >= size:
                 image = flatten(image, channels)
-                left, top = ((side - size) // 2 for side in image.size)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
                 image = image.crop((left, top, left + size, top + size))
             return to_pixels(image, size, channels, patches)[0]
-    except Exception as error:                 # damaged files raise nearly anything, by format
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
 
 
-def to_pixels(image, size, channels, patches=False):
+def to_pixels(image, size, channels, patches=False, notes=None):
     """A PIL image -> (1, size, size, channels) uint8: the central square, resized with antialiasing.
 
     With `patches`: all its k size×size tiles at full resolution, (k, …); ValueError if there is none.
     """
+    if notes:
+        notes.look_at(image)
     if not patches:                            # a large JPEG is decoded at a fraction, at least 2·size
         image.draft(None, (2 * size, 2 * size))
         square = ImageOps.fit(flatten(image, channels), (size, size), Image.BICUBIC)
@@ -661,7 +963,10 @@ def to_pixels(image, size, channels, patches=False):
 
 def flatten(image, channels):
     """A PIL image of any mode, upright, as 8-bit "L" or "RGB": alpha over white, 16 bits reduced to 8."""
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:                          # what cannot be read of EXIF turns nothing; the pixels count
+        image.load()
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):             # 16-bit gray; convert("L") would clip it at 255
@@ -673,30 +978,25 @@ def flatten(image, channels):
     return image if channels == 3 else image.convert("L")
 
 
-def to_batch(x, device):
-    """(B, H, W, C) uint8 -> (B, C, H, W) float in [0, 1] on `device`, channels-last in memory."""
-    return torch.from_numpy(np.array(x, order="C")).to(device).permute(0, 3, 1, 2).float().div_(255)
+# A.2, Pictures: what is held out
 
-
-def to_uint8(x):
-    """[0, 1] -> 0 … 255, rounded."""
-    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def join_groups(source, hashes, constant):
+def join_groups(source, hashes, joins=True):
     """Group of every picture (N,): those cut from one file, and exact duplicates, share one, transitively.
 
-    source: index of the file; hashes: uint64; constant: bool, blank tiles join no files. A group is named by
-    its smallest hash: that depends on the pictures alone, not on their names or order.
+    source: (N,) index of the file. hashes: (N,) uint64 of the pixels. joins: (N,) bool, whether a picture's
+    duplicates join it; tiles of one colour join no files. A group is named by its smallest hash: that depends
+    on the pictures alone, not on their names or order.
     """
     hashes = hashes.copy()
-    for h in np.unique(hashes[constant]):                  # each blank one gets a hash of its own
-        same = np.flatnonzero(hashes == h)
+    alone = ~np.broadcast_to(joins, hashes.shape)
+    for value in np.unique(hashes[alone]):                 # each gets a hash of its own
+        same = np.flatnonzero(hashes == value)
         hashes[same] += np.arange(len(same), dtype=np.uint64)
-    groups, before, copies = hashes, None, np.unique(hashes, return_inverse=True)[1]
+    copies = np.unique(hashes, return_inverse=True)[1]
+    groups, before = hashes, None
     while not np.array_equal(groups, before):
         before = groups
-        for kind in source, copies:
+        for kind in (source, copies):
             smallest = np.full(kind.max() + 1, np.uint64(2 ** 64 - 1))
             np.minimum.at(smallest, kind, groups)
             groups = smallest[kind]
@@ -704,561 +1004,417 @@ def join_groups(source, hashes, constant):
 
 
 def split(pictures, val=0.05, seed=0):
-    """Seeded split into (training, held-out) indices, 1 to 2,000; depends on the pictures and the seed alone.
+    """Seeded split into (training, held-out) rows, 1 to 2,000; depends on the pictures and the seed alone.
 
     No group (tiles of one picture, exact duplicates) has members on both sides, and one larger than what is
     to be held out stays in training. Raises UserError if that leaves none.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
-    room = min(max(1, round(val * len(pictures.x))), 2000, len(pictures.x) - 1)
-    held_out, train = [], []
-    for group in members if len(members) > 1 else ():
-        fits = len(group) <= room
-        (held_out if fits else train).append(group)
-        room -= len(group) * fits
-    if train and not held_out:                 # every group is larger than asked for: the smallest one, then
-        held_out.append(train.pop(min(range(len(train)), key=lambda g: len(train[g]))))
-    if not train:
+    if len(members) < 2:
         raise UserError("only one distinct picture: nothing to hold out (tiles of one picture stay together)")
-    return np.concatenate(train), np.concatenate(held_out)
+    room = min(max(1, round(val * len(pictures.x))), 2000, len(pictures.x) - 1)
+    held_out, training = [], []
+    for group in members:
+        if len(group) <= room:
+            held_out.append(group)
+            room -= len(group)
+        else:
+            training.append(group)
+    if not held_out:                           # every group is larger than asked for: the smallest one, then
+        smallest = min(range(len(training)), key=lambda g: len(training[g]))
+        held_out.append(training.pop(smallest))
+    return np.concatenate(training), np.concatenate(held_out)
 
 
-def group_members(groups, index, seed):
-    """The rows `index`, an array a group, in an order drawn from the seed and the pictures alone."""
-    order = np.argsort(groups[index], kind="stable")
-    ids, start = np.unique(groups[index][order], return_index=True)
-    members = np.split(index[order], start[1:])
-    return [members[i] for i in np.random.default_rng(seed).permutation(len(ids))]
+def group_members(groups, rows, seed):
+    """`rows` in one array a group, in an order drawn from the seed and the pictures alone."""
+    rows_by_group = rows[np.argsort(groups[rows], kind="stable")]
+    _, starts = np.unique(groups[rows_by_group], return_index=True)
+    members = np.split(rows_by_group, starts[1:])
+    return [members[i] for i in np.random.default_rng(seed).permutation(len(members))]
 
 
-def training_part(pictures, train, subset=None, limit=None, seed=0):
+def training_part(pictures, rows, subset=None, limit=None, seed=0):
     """Paper B's training sets: one half of the training rows (no group in both), at most `limit` of them.
 
     A smaller limit's are among a larger one's. UserError if nothing is left.
     """
-    members = group_members(pictures.groups, train, seed)
+    members = group_members(pictures.groups, rows, seed)
     if subset:
-        half = np.argmin(abs(np.cumsum([len(m) for m in members]) - len(train) / 2)) + 1
+        sizes = np.cumsum([len(group) for group in members])
+        half = np.argmin(abs(sizes - len(rows) / 2)) + 1
         members = members[:half] if subset == "first" else members[half:]
     if not members:
         raise UserError(f"--subset {subset}: too few distinct pictures for two halves")
     return np.concatenate(members)[:limit]
 
 
-def training_data(flags):
-    """(Pictures, training rows, held-out rows) for the flags of a run. Errors: as `load_pictures`."""
-    pictures = load_pictures(flags["data"], flags["size"], flags["channels"], flags["patches"])
-    rows, held_out = split(pictures, flags["val"], flags["seed"])
-    return pictures, training_part(pictures, rows, flags["subset"], flags["limit"], flags["seed"]), held_out
+# Built-in pictures, for a machine without any: a random field for each, low inside its things
+
+def dots(s, t):
+    """A disc around (0, 0). s, t: coordinates in a cell of a lattice, −0.5 … 0.5; so for the next four."""
+    return np.hypot(s, t)
 
 
-# Built-in pictures, for a machine without any
+def crosses(s, t):
+    """A bar along s and one along t."""
+    along_s = np.maximum(np.abs(s), 3 * np.abs(t))
+    along_t = np.maximum(np.abs(t), 3 * np.abs(s))
+    return np.minimum(along_s, along_t)
 
-LATTICES = ["dots", "crosses", "triangles", "sticks", "rings", "stars", "parquet"]
-BUILTIN_CLASSES = [*LATTICES, "lines", "circles", "cells", "mosaic", "dead leaves", "blobs", "labyrinth",
-                   "grain"]
+
+def triangles(s, t):
+    """A triangle: the greatest of the distances to its three sides."""
+    return np.maximum(-s, 0.5 * s + 0.87 * np.abs(t))
 
 
-def builtin_pictures(n, size, channels, family=None, seed=0):
-    """Deterministic synthetic pictures: (x (n, size, size, channels) uint8, labels (n,), class names).
+def rings(s, t):
+    """Concentric rings: the distance of 3 r to the nearest integer."""
+    r = 3 * np.hypot(s, t)
+    return np.abs(r - np.round(r))
 
-    family None: fifteen textures of things at random places, angles and scales. Their two colours, the share
-    of each, the mean (gray) and the contrast are drawn alike for all classes: only structure differs.
-    "disc" and "calpha:A": paper B's Fig. 5 and 4. Raises UserError for an A that is not a positive number.
+
+def stars(s, t):
+    """A star of seven rays."""
+    ray = 7 * np.arctan2(t, s) / (2 * np.pi)
+    return np.hypot(s, t) * np.abs(ray - np.round(ray))
+
+
+def lines(x, y, uniform):
+    """Distance to the nearest of twelve random lines. x, y: of the pixels, in [0, 1]; so for the next two."""
+    field = np.float32(9)
+    for _ in range(12):
+        angle = uniform(0, 2 * np.pi)
+        across = (x - uniform(0, 1)) * np.cos(angle) + (y - uniform(0, 1)) * np.sin(angle)
+        field = np.minimum(field, np.abs(across))
+    return field
+
+
+def circles(x, y, uniform):
+    """Distance to the nearest of twelve random circles."""
+    field = np.float32(9)
+    for _ in range(12):
+        r = np.hypot(x - uniform(-0.1, 1.1), y - uniform(-0.1, 1.1))
+        field = np.minimum(field, np.abs(r - uniform(0.08, 0.2)))
+    return field
+
+
+def cells(x, y, uniform):
+    """Walls between 24 random points: how much farther the second nearest is than the nearest."""
+    nearest = second = np.float32(9)
+    for _ in range(24):
+        r = np.hypot(x - uniform(-0.1, 1.1), y - uniform(-0.1, 1.1))
+        second = np.minimum(second, np.maximum(nearest, r))
+        nearest = np.minimum(nearest, r)
+    return second - nearest
+
+
+def blobs(k, uniform):
+    """The spectrum of smooth noise. k: frequencies, in periods a picture; so for the next one."""
+    return np.exp(-(k / uniform(4, 5)) ** 2)
+
+
+def labyrinth(k, uniform):
+    """A ring of frequencies: stripes of one width in all directions."""
+    return np.exp(-((k - uniform(3.5, 6)) / 1.2) ** 2)
+
+
+LATTICES = {"dots": dots, "crosses": crosses, "triangles": triangles, "rings": rings, "stars": stars}
+SCATTERED = {"lines": lines, "circles": circles, "cells": cells}
+NOISES = {"blobs": blobs, "labyrinth": labyrinth}
+BUILTIN_CLASSES = [*LATTICES, *SCATTERED, *NOISES]
+
+
+def random_field(name, m, size, rng):
+    """m random fields of one class, (m, size, size), low inside its things."""
+    def uniform(low, high):
+        return rng.uniform(low, high, (m, 1, 1)).astype(np.float32)
+
+    if name in NOISES:
+        k = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
+        white = np.fft.rfft2(rng.standard_normal((m, size, size), np.float32))
+        return np.fft.irfft2(white * NOISES[name](k, uniform), s=(size, size))
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = pixel[None, None, :], pixel[None, :, None]
+    if name in SCATTERED:
+        return SCATTERED[name](x, y, uniform)
+    angle, period = uniform(0, 2 * np.pi), uniform(0.24, 0.36)
+    if name in ("rings", "stars"):                         # large enough to show what is in them
+        period = 1.6 * period
+    x, y = x - uniform(0, 1), y - uniform(0, 1)
+    p = (x * np.cos(angle) + y * np.sin(angle)) / period                       # (m, size, size)
+    q = (y * np.cos(angle) - x * np.sin(angle)) / period
+    row, column = np.floor(p).astype(int), np.floor(q).astype(int)
+    jitter = rng.uniform(0, 1, (3, m, 8, 8)).astype(np.float32)                # of each cell; it repeats
+    down, across, turn = jitter[:, np.arange(m)[:, None, None], row % 8, column % 8]
+    s, t = p - row - 0.38 - 0.24 * down, q - column - 0.38 - 0.24 * across
+    turn = 2 * np.pi * turn
+    return LATTICES[name](s * np.cos(turn) + t * np.sin(turn), t * np.cos(turn) - s * np.sin(turn))
+
+
+def paint(field, rng, channels):
+    """Fields (m, size, size) -> pictures (m, size, size, channels) uint8 of two colours.
+
+    The share of each colour, the mean (gray) and the contrast are drawn alike for all classes: only structure
+    tells them apart.
+    """
+    m = len(field)
+    level = np.quantile(field, 0.4, axis=(1, 2), keepdims=True)                # 40 % of a picture is inside
+    down, across = np.gradient(field, axis=(1, 2))
+    slope = np.sqrt(down ** 2 + across ** 2 + 1e-6)                            # per pixel: edges are one wide
+    shape = np.clip(0.5 + (field - level) / slope, 0, 1)
+    shape = shape - shape.mean((1, 2), keepdims=True)
+    contrast = rng.choice([-1, 1], (m, 1)) * rng.uniform(0.55, 0.75, (m, 1))
+    tint = rng.uniform(-0.08, 0.08, (m, 3))
+    x = 0.5 + shape[..., None] * (contrast + tint)[:, None, None, :]           # (m, size, size, 3)
+    if channels == 1:
+        x = x.mean(-1, keepdims=True)
+    return to_uint8(x)
+
+
+def builtin_pictures(n, size, channels, seed=0):
+    """Ten textures of things at random places, angles and scales.
+
+    Returns x (n, size, size, channels) uint8, labels (n,) and the names of the classes; the same for a seed.
     """
     rng = np.random.default_rng(seed)
-    if family:
-        alpha = family.partition(":")[2]
-        if family != "disc" and not (alpha.replace(".", "", 1).isdecimal() and 0 < float(alpha) < 100):
-            raise UserError(f"--data {family}: the A of calpha:A must be a positive number, as in calpha:2")
-        draw, more = (calpha_pictures, [float(alpha)]) if alpha else (disc_pictures, [])
-        x = np.concatenate([draw(min(500, n - i), size, rng, *more) for i in range(0, n, 500)])
-        return np.repeat(x, channels, axis=-1), np.full(n, -1), []
-    k = len(BUILTIN_CLASSES)
     x = np.empty((n, size, size, channels), np.uint8)
-    for c, name in enumerate(BUILTIN_CLASSES[:n]):
-        m = len(range(c, n, k))
-        f = (lattice if name in LATTICES else field)(name, m, size, rng)
-        level = np.sort(f.reshape(m, -1), axis=1)[:, int(0.4 * size ** 2)].reshape(m, 1, 1)
-        down, right = np.gradient(f, axis=(1, 2))          # per pixel: edges are one pixel wide
-        f = np.clip(0.5 + (f - level) / np.sqrt(down ** 2 + right ** 2 + 1e-6), 0, 1)      # 40 % of it are 0
-        contrast = rng.choice([-1, 1], (m, 1)) * rng.uniform(0.55, 0.75, (m, 1))
-        contrast = contrast + rng.uniform(-0.08, 0.08, (m, 3))             # a tint
-        f -= f.mean((1, 2), keepdims=True)
-        rgb = 0.5 + f[..., None] * contrast[:, None, None].astype(np.float32)
-        x[c::k] = to_uint8(rgb if channels == 3 else rgb.mean(-1, keepdims=True))
-    return x, np.arange(n) % k, BUILTIN_CLASSES
+    for label, name in enumerate(BUILTIN_CLASSES):
+        rows = np.arange(label, n, len(BUILTIN_CLASSES))
+        for first in range(0, len(rows), 500):                                 # memory: 500 at a time
+            part = rows[first:first + 500]
+            x[part] = paint(random_field(name, len(part), size, rng), rng, channels)
+    return x, np.arange(n) % len(BUILTIN_CLASSES), BUILTIN_CLASSES
 
 
-def field(name, m, size, rng):
-    """m random fields of one class, (m, size, size), low inside its things. Lengths: parts of the side."""
-    u = lambda low, high: rng.uniform(low, high, (m, 1, 1)).astype(np.float32)
-    if name in ("blobs", "labyrinth", "grain"):            # noise with a disc or a ring of frequencies
-        k = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype(np.float32)
-        middle, width = {"blobs": (0, u(4, 5)), "labyrinth": (u(3.5, 6), 1.2), "grain": (0, u(11, 16))}[name]
-        white = np.fft.rfft2(rng.standard_normal((m, size, size), np.float32))
-        noise = np.fft.irfft2(white * np.exp(-((k - middle) / width) ** 2), s=(size, size))
-        return noise / noise.std((1, 2), keepdims=True)
-    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]      # the pixels' centres
-    y = x.transpose(0, 2, 1)
-    from_point = lambda: np.sqrt((x - u(-0.1, 1.1)) ** 2 + (y - u(-0.1, 1.1)) ** 2)
-    f = second = np.full((m, size, size), 9, np.float32)
-    for _ in range({"lines": 12, "circles": 12, "dead leaves": 30, "cells": 24, "mosaic": 30}[name]):
-        if name == "lines":                                # distance to the nearest of random lines
-            angle = u(0, 2 * np.pi)
-            f = np.minimum(f, np.abs((x - u(0, 1)) * np.cos(angle) + (y - u(0, 1)) * np.sin(angle)))
-        elif name == "circles":
-            f = np.minimum(f, np.abs(from_point() - u(0.08, 0.2)))
-        elif name == "dead leaves":                        # dark and light discs, each over the earlier ones
-            f = np.maximum(np.minimum(f, from_point() - u(0.05, 0.12)), u(0.05, 0.12) - from_point())
-        elif name == "cells":                              # walls between the nearest two of random points
-            d = from_point()
-            f, second = np.minimum(f, d), np.minimum(second, np.maximum(f, d))
-        else:                                              # mosaic: the cells of points of either colour
-            f, second = np.minimum(f, from_point()), np.minimum(second, from_point())
-    return {"cells": second - f, "mosaic": f - second}.get(name, f)
+# Paper B's pictures, of known regularity (its Fig. 4, 5), by its authors' recipe
 
+def synthetic_pictures(data, size, channels, n=20_000):
+    """Pictures that are computed, not read: (x (n, size, size, channels) uint8, labels (n,), class names).
 
-def lattice(name, m, size, rng):
-    """As `field`: one thing in each cell of a lattice, shifted and turned; s, t are its own coordinates."""
-    u = lambda low, high, *shape: rng.uniform(low, high, (m, *(shape or (1, 1)))).astype(np.float32)
-    wave = lambda t: np.abs(t - np.round(t))               # distance to the next integer, ≤ 0.5
-    x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
-    angle, period = u(0, 2 * np.pi), u(0.24, 0.36) * (1.6 if name in ("rings", "stars", "parquet") else 1)
-    x, y = x - u(0, 1), x.transpose(0, 2, 1) - u(0, 1)
-    p = (x * np.cos(angle) + y * np.sin(angle)) / period
-    q = (y * np.cos(angle) - x * np.sin(angle)) / period
-    i, j = np.floor(p), np.floor(q)
-    cell = 64 * np.arange(m)[:, None, None] + (8 * (i % 8) + j % 8).astype(int)
-    each = lambda low, high: u(low, high, 64).ravel()[cell]
-    s, t, turn = p - i - each(0.38, 0.62), q - j - each(0.38, 0.62), each(0, 2 * np.pi)
-    s, t = s * np.cos(turn) + t * np.sin(turn), np.abs(t * np.cos(turn) - s * np.sin(turn))
-    return dict(
-        dots=lambda: np.sqrt(s ** 2 + t ** 2),
-        crosses=lambda: np.minimum(np.maximum(np.abs(s), 3 * t), np.maximum(t, 3 * np.abs(s))),
-        triangles=lambda: np.maximum(-s, 0.5 * s + 0.87 * t),
-        sticks=lambda: np.maximum(np.abs(s), 3.5 * t),
-        rings=lambda: wave(u(2.6, 3.2) * np.sqrt(s ** 2 + t ** 2)),
-        stars=lambda: np.hypot(s, t) * wave(7 * np.arctan2(t, s) / (2 * np.pi)),
-        parquet=lambda: wave(2.2 * t))[name]()
+    data: None (the built-in ones), "disc" or "calpha:A". Raises UserError for an A that is not a positive
+    number.
+    """
+    if data is None:
+        return builtin_pictures(n, size, channels)
+    rng, parts, alpha = np.random.default_rng(0), [], data.partition(":")[2]
+    if data != "disc" and not (alpha.replace(".", "", 1).isdecimal() and 0 < float(alpha) < 100):
+        raise UserError(f"--data {data}: the A of calpha:A must be a positive number, as in calpha:2")
+    for _ in range(0, n, 500):
+        if data == "disc":
+            parts.append(disc_pictures(500, size, rng))
+        else:
+            parts.append(calpha_pictures(500, size, rng, float(alpha)))
+    return np.repeat(np.concatenate(parts)[:n], channels, axis=-1), np.full(n, -1), []
 
 
 def disc_pictures(m, size, rng):
-    """Paper B, Fig. 5: discs with five degrees of freedom (position 2, radius, two intensities)."""
-    u = lambda low, high: rng.uniform(low, high, (m, 1, 1))
-    return to_uint8(draw_disc(size, u(0.3, 0.7), u(0.3, 0.7), u(0.1, 0.3), u(0, 1), u(0, 1)))[..., None]
+    """Fig. 5: discs of five degrees of freedom (position 2, radius, two intensities).
+
+    Returns (m, size, size, 1) uint8. The centre is anywhere in the picture, the radius 3 pixels to half the
+    side.
+    """
+    across, down, ground, intensity = rng.uniform(0, 1, (4, m, 1, 1))
+    radius = rng.uniform(min(3 / size, 0.5), 0.5, (m, 1, 1))
+    return to_uint8(draw_disc(size, across, down, radius, ground, intensity))[..., None]
 
 
 def draw_disc(size, x, y, radius, ground, intensity):
     """A disc on a ground, (1 or m, size, size); lengths in parts of the side, each a number or (m, 1, 1)."""
-    at = (np.arange(size) + 0.5) / size
-    r = np.hypot(at[None, None, :] - x, at[None, :, None] - y)
+    pixel = (np.arange(size) + 0.5) / size
+    r = np.hypot(pixel[None, None, :] - x, pixel[None, :, None] - y)
     inside = 1 / (1 + np.exp(-2 * size * (radius - r)))    # an edge two pixels wide: a smooth manifold
     return ground + (intensity - ground) * inside
 
 
 def calpha_pictures(m, size, rng, alpha):
-    """Paper B, Fig. 4: two C^α regions with a C^α contour between them, slightly blurred."""
-    def field(dims):  # Gaussian, spectrum |k|^-(α + dims/2): barely C^α. Twice the size, cropped: no period.
-        white = np.fft.rfftn(rng.standard_normal((m, *[2 * size] * dims)), axes=range(1, dims + 1))
-        axes = [np.fft.fftfreq(2 * size) * 2 * size] * (dims - 1) + [np.arange(size + 1)]
-        k = np.sqrt(sum(np.square(a) for a in np.meshgrid(*axes, indexing="ij")))
-        smooth = white / np.maximum(k, 1) ** (alpha + dims / 2) * (k > 0)
-        f = np.fft.irfftn(smooth, axes=range(1, dims + 1))[(slice(None), *[slice(size)] * dims)]
-        return (f - f.mean(tuple(range(1, dims + 1)), keepdims=True)) / f.std()
+    """Fig. 4: two C^α regions with a C^α contour between them, (m, size, size, 1) uint8.
 
-    u = lambda low, high: rng.uniform(low, high, (m, 1, 1))
-    grid = (np.arange(size) + 0.5) / size
-    contour = u(0.3, 0.7) + 0.1 * field(1)[:, None, :]
-    mask = np.clip(0.5 + size * (contour - grid[None, :, None]), 0, 1)
-    one, two = u(0.2, 0.8) + 0.08 * field(2), u(0.2, 0.8) + 0.08 * field(2)
-    x = np.pad(two + (one - two) * mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4        # blurred with (1 2 1)/4, down and across
-    x = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
-    turn = rng.random((m, 1, 1)) < 0.5                     # contours of every orientation
-    return to_uint8(np.where(turn, x.transpose(0, 2, 1), x))[..., None]
+    Contour and regions have the spectrum |k|^−α. The lower region is stretched over [0, a], the other one
+    over [b, 1], a and b random; the mask is averaged over 2×2 pixels.
+    """
+    middle, height = rng.uniform(0.3, 0.7, (m, 1)), rng.uniform(0.1, 0.3, (m, 1))
+    shape = stretched(random_spectrum(m, 1, size + 1, rng, alpha))             # (m, size + 1)
+    contour = middle + height * (shape - 0.5)
+    pixel = (np.arange(size + 1) + 0.5) / size
+    mask = (pixel[None, :, None] < contour[:, None, :]).astype(float)          # (m, size + 1, size + 1)
+    mask = (mask[:, 1:, 1:] + mask[:, 1:, :-1] + mask[:, :-1, 1:] + mask[:, :-1, :-1]) / 4
+    low, high = rng.uniform(0, 1, (2, m, 1, 1))
+    dark = low * stretched(random_spectrum(m, 2, size, rng, alpha))
+    bright = high + (1 - high) * stretched(random_spectrum(m, 2, size, rng, alpha))
+    x = bright + (dark - bright) * mask
+    turned = rng.random((m, 1, 1)) < 0.5                   # contours of every orientation
+    return to_uint8(np.where(turned, x.transpose(0, 2, 1), x))[..., None]
 
 
-# Sheets of pictures and plots, by Pillow alone; a full page is 1600 pixels wide
-
-BLUE, RED, GREEN, ORANGE, GRAY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"     # Okabe and Ito
-COLORS = BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31"
-WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|", "₁": "1",
-         "₂": "2", "−": "-", "–": "-", "→": "->", "≥": ">=", "≤": "<=", "…": "...", "≈": "~", "\u0302": ""}
-
-
-@functools.lru_cache
-def font(size=26):
-    """DejaVu Sans, which has Greek letters, where the system has it; else Pillow's own, which has none."""
-    try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)
+def random_spectrum(m, dimensions, size, rng, alpha):
+    """m Gaussian fields (m, size, …) of amplitude |k|^−α. They are cut from twice the size: no period."""
+    shape = (m, *[2 * size] * dimensions)
+    axes = tuple(range(1, dimensions + 1))
+    white = np.fft.rfftn(rng.standard_normal(shape), axes=axes)
+    frequency = [np.fft.fftfreq(2 * size) * 2 * size] * (dimensions - 1) + [np.arange(size + 1)]
+    k = np.sqrt(sum(np.square(f) for f in np.meshgrid(*frequency, indexing="ij")))
+    field = np.fft.irfftn(white * np.maximum(k, 1) ** -alpha * (k > 0), s=shape[1:], axes=axes)
+    return field[(slice(None), *[slice(size)] * dimensions)]
 
 
-def greek(text):
-    """`text` as `font` can show it, in one line: where the system has no DejaVu, σ is written sigma."""
-    text = printable(str(text))
-    if "DejaVu" not in font().getname()[0]:
-        text = "".join(WORDS.get(c, c) for c in text).encode("latin-1", "replace").decode("latin-1")
-    return text
-
-
-def to_image(x, side=None):
-    """(C, H, W) in [0, 1] -> a PIL RGB image, enlarged without smoothing to about `side` pixels."""
-    image = Image.fromarray(to_uint8(x.float().cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()))
-    scale = max(1, round((side or image.width) / image.width))
-    return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
-
-
-def grid(images, columns, gap=8):
-    """PIL images of any size on one white sheet, so many in a row, top-aligned."""
-    rows = [images[i:i + columns] for i in range(0, len(images), columns)]
-    heights = [max(image.height for image in row) + gap for row in rows]
-    width = max(sum(image.width + gap for image in row) for row in rows) - gap
-    sheet, y = Image.new("RGB", (width, sum(heights) - gap), "white"), 0
-    for row, height in zip(rows, heights):
-        x = 0
-        for image in row:
-            sheet.paste(image, (x, y))
-            x += image.width + gap
-        y += height
-    return sheet
-
-
-def caption(text, size=26, width=1600):
-    """Text on white, `width` pixels wide, in as many lines as it needs."""
-    words, pen = greek(text).split(" "), font(size)
-    lines = words[:1]
-    for word in words[1:]:
-        fits = pen.getlength(f"{lines[-1]} {word}") <= width - 12
-        lines[-1:] = [f"{lines[-1]} {word}"] if fits else [lines[-1], word]
-    image = Image.new("RGB", (width, int((1.3 * len(lines) + 0.3) * size)), "white")
-    for k, line in enumerate(lines):
-        ImageDraw.Draw(image).text((6, int((1.3 * k + 0.2) * size)), line, "black", pen)
-    return image
-
-
-def picture_rows(rows, side=96):
-    """Rows of pictures with a name in front of each: rows is [(name, x (N, C, H, W))]. A PIL image."""
-    left = 20 + int(max(font().getlength(greek(name)) for name, _ in rows))
-    return grid([grid([caption(name, width=left), *(to_image(picture, side) for picture in x)],
-                      len(x) + 1, 4) for name, x in rows], 1, 4)
-
-
-# what `plot` draws: x and y set its ranges; draw(pen, at, color) asks at(x, y) for the points in pixels
-Mark = namedtuple("Mark", "label color x y draw histogram", defaults=[False])
-
-
-def line(x, y, label=None, color=None, points=False, band=None, width=5):
-    """A polyline, with discs at its points if `points`; band: (low, high), shaded. NaN leaves a point out."""
-    def draw(pen, at, color):
-        if band is not None:
-            pen.polygon(at(x, band[0]) + at(x, band[1])[::-1], color + "38")
-        pen.line(at(x, y), color, width, joint="curve")
-        for a, b in at(x, y) if points else ():
-            pen.ellipse([a - 8, b - 8, a + 8, b + 8], color, "#ffffff")
-    return Mark(label, color, x, y if band is None else np.concatenate([y, *band]), draw)
-
-
-def dots(x, y, label=None, color=None, radius=5):
-    """Discs at the points."""
-    def draw(pen, at, color):
-        for a, b in at(x, y):
-            pen.ellipse([a - radius, b - radius, a + radius, b + radius], color + "b0", "#ffffff")
-    return Mark(label, color, x, y, draw)
-
-
-def bars(values, bins, span=None, label=None, color=None):
-    """A histogram of the finite values in equal bins over `span`; several show through one another."""
-    values = np.asarray(values, float)
-    counts, edges = np.histogram(values[np.isfinite(values)], bins, span or limits(values))
-
-    def draw(pen, at, color):
-        for corner, opposite, n in zip(at(edges[:-1], counts), at(edges[1:], 0 * counts), counts):
-            if n:
-                pen.rectangle([corner, opposite], color + "90", color)
-    return Mark(label, color, edges, [0, max(1, 1.08 * counts.max())], draw, True)
-
-
-def rule(x=None, y=None, label=None, color=GRAY):
-    """A line across the whole plot, vertical at x or horizontal at y."""
-    def draw(pen, at, color):
-        (a, b), = at([1 if x is None else x], [1 if y is None else y])
-        pen.line([a, 0, a, pen.im.size[1]] if y is None else [0, b, pen.im.size[0], b], color, 3)
-    return Mark(label, color, [] if x is None else [x], [] if y is None else [y], draw)
-
-
-def limits(v, log=False):
-    """A range a little wider than the finite values (the positive ones if `log`)."""
-    v = np.asarray(v, float)
-    v = v[np.isfinite(v) & ((v > 0) | (not log))]
-    low, high = (float(v.min()), float(v.max())) if len(v) else (1.0, 2.0)
-    if log:
-        return low / 1.15, high * 1.15
-    margin = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
-    return low - margin, high + margin
-
-
-def ticks(low, high, log, most):
-    """Round numbers in [low, high]: 1, 2 or 5 times a power of ten, at most `most` or so."""
-    if log and high > 4 * low:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [s * 10.0 ** k for k in decades for s in ((1, 2, 5) if len(decades) < 4 else (1,))]
-        found = [v for v in found if low <= v <= high]
-        return found[::1 + len(found) // (most + 3)]
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= most)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def scaled(v, lim, log, low, high):
-    """Values whose range `lim` becomes the pixels low … high, as a list."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        v, a, b = (np.log(u) if log else np.asarray(u, float) for u in (v, *lim))
-        return (low + (v - a) / (b - a) * (high - low)).tolist()
-
-
-def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=""):
-    """Marks in axes, an image of `size` (width, height). xlim, ylim: default the data's. log: "x", "xy"."""
-    (w, h), text = size, font(26 if size[0] > 800 else 22)
-    em, histogram = text.size, any(m.histogram for m in marks)
-    x, y = (np.concatenate([getattr(m, k) for m in marks]) for k in "xy")
-    xlim = xlim or ((x.min(), x.max()) if histogram else limits(x, "x" in log))
-    ylim = ylim or ((0, y.max()) if histogram else limits(y, "y" in log))
-    xs = ticks(*xlim, "x" in log, 6 if w > 600 else 4) if xlabel else []       # t-SNE has no units
-    ys = ticks(*ylim, "y" in log, 6 if h > 350 else 4) if ylabel else []
-    named = lambda v: f"{v / 1e6:g} M" if abs(v) >= 1e6 else f"{v:.6g}"
-    left = 14 + int(max([text.getlength(named(v)) for v in ys], default=0) + 1.7 * em * bool(ylabel))
-    right, bottom = w - em, h - 8 - int(2.9 * em) * bool(xlabel)
-    marks = [m._replace(color=m.color or COLORS[k % len(COLORS)]) for k, m in enumerate(marks)]
-    legend = [m for m in marks if m.label]                 # above the frame, in columns
-    need = max([60 + text.getlength(greek(m.label)) for m in legend], default=1)
-    columns = max(1, int((right + 28 - left) / need))
-    top = 8 + int(1.4 * em) * (bool(title) + math.ceil(len(legend) / columns))
-
-    px = lambda v: scaled(v, xlim, "x" in log, left, right)
-    py = lambda v: scaled(v, ylim, "y" in log, bottom, top)
-    at = lambda x, y: [p for p in zip(px(x), py(y)) if all(map(math.isfinite, p))]
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for v, place in zip(ys, py(ys)):
-        pen.line([left, place, right, place], "#e4e4e4", 2)
-        pen.text((left - 8, place), named(v), "black", text, anchor="rm")
-    for v, place in zip(xs, px(xs)):
-        pen.line([place, top, place, bottom], "#e4e4e4", 2)
-        place = min(place, w - 2 - text.getlength(named(v)) / 2)
-        pen.text((place, bottom + 8), named(v), "black", text, anchor="ma")
-    inside = sheet.copy()                                  # marks are cut off at the frame
-    for mark in marks:
-        mark.draw(ImageDraw.Draw(inside, "RGBA"), at, mark.color)
-    sheet.paste(inside.crop((left, top, right, bottom)), (left, top))
-    pen.rectangle([left, top, right, bottom], outline="#444444", width=2)
-    for k, mark in enumerate(legend):
-        x, y = left + k % columns * need, 8 + 1.4 * em * (bool(title) + k // columns + 0.45)
-        pen.rectangle([x, y - em / 3, x + 24, y + em / 3], mark.color)
-        pen.text((x + 32, y), greek(mark.label), "black", text, anchor="lm")
-    pen.text(((left + right) / 2, 4), greek(title), "black", text, anchor="ma")
-    pen.text(((left + right) / 2, h - 4), greek(xlabel), "black", text, anchor="md")
-    if ylabel:
-        side = Image.new("RGB", (int(text.getlength(greek(ylabel))) + 4, int(1.4 * em)), "white")
-        ImageDraw.Draw(side).text((2, 2), greek(ylabel), "black", text)
-        sheet.paste(side.rotate(90, expand=True), (2, max(0, int(top + bottom - side.width) // 2)))
-    return sheet
-
-
-@torch.no_grad()
-def draw_evaluation(model, x, curve):
-    """ckpt.png: held-out x (≤ 8, C, H, W) clean, noisy, denoised; PSNR; the use of M so far. A PIL image."""
-    rows = [("clean", x)]
-    for k, sigma in enumerate((0.1, 0.3, 0.7)):
-        y = x + sigma * torch.randn(x.shape, generator=seeded(x.device, 4, k), device=x.device)
-        rows += [(f"σ {sigma:g}", y), ("denoised", model(y))]
-    pictures, psnr, last_use = picture_rows(rows, side=96), curve[-1]["psnr"], curve[-1]["use"]
-    size, seen = (620, pictures.height // 2), [record["pictures_seen"] for record in curve]
-    denoised = line(input_psnr([*psnr]), [*psnr.values()], "denoised", points=True)
-    quality = plot(size, [denoised, line([0, 26], [0, 26], "noisy", GRAY)], "input PSNR (dB)",
-                   "output PSNR (dB)")
-    use = plot(size, [line(seen, [record["use"][s] for record in curve], f"σ {s:g}", points=True)
-                      for s in last_use], "pictures seen", "use of M (dB)")
-    return grid([pictures, grid([quality, use], 1)], 2)
-
-
-# Speed
-
-def bench(flags, micro_batch, device, compiled=False, seconds=20):
-    """Print images/s of a training step, of a forward pass and of φ: medians of timings that take turns."""
-    model, optimizer = new_network(flags, device)
-    if compiled:
-        model.compile()
-    micro = min(flags["batch"], micro_batch or fitting_micro_batch(flags, device))
-    batch, size, precision = min(flags["batch"], 4 * micro), flags["size"], flags["precision"]
-    pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, flags["channels"]), np.uint8)
-    x = to_batch(pixels[:micro], device)
-
-    def step():
-        x, y, _ = noisy_batch(pixels, np.arange(batch), 0, 0, 1.0, device)
-        training_step(model, optimizer, x, y, batch, micro, precision=precision)
-
-    @torch.no_grad()
-    def forward():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            model(x)
-
-    def rate(images, work):
-        start = time.perf_counter()
-        work()
-        torch.zeros(1, device=device).item()   # waits for a GPU
-        return images / (time.perf_counter() - start)
-
-    works = {"training step": (batch, step), "forward pass": (micro, forward),
-             "phi": (micro, lambda: phi(model, x, 0.3))}
-    rates, end = [], time.monotonic() + seconds
-    while time.monotonic() < end or len(rates) < 3:
-        rates.append([rate(*work) for work in works.values()])
-    say(f"width {flags['width']}, {size}×{size}, {flags['levels']} levels, batch {batch}, micro-batch "
-        f"{micro}, {precision}{', compiled' * compiled}, {device}")
-    rates = np.median(rates, 0)
-    for name, r in zip(works, rates):
-        say(f"{name:13} {r:10.1f} images/s, {r / rates[1]:.2f} of the forward pass")
+def stretched(field):
+    """Fields (m, …), each stretched over [0, 1]."""
+    axes = tuple(range(1, field.ndim))
+    low, high = field.min(axes, keepdims=True), field.max(axes, keepdims=True)
+    return (field - low) / (high - low)
 
 
 # Command line
 
-PAPER = dict(size=64, width=64, batch=1024, epochs=1000.0)                 # A.1 – A.3
-SMALL = dict(size=32, width=16, batch=32, pictures=150_000)                # for the built-in pictures
+PAPER = dict(size=64, width=64, batch=1024, epochs=1000.0)                     # A.1 – A.3
+SMALL = dict(size=32, width=16, batch=32, pictures=300_000)               # half an hour or so on a core
 COMMON = dict(data=None, channels=3, levels=None, patches=False, val=0.05, seed=0, subset=None, limit=None,
-              sigma_max=1.0, precision="fp32", epochs=None, minutes=None, pictures=None)
-BUDGETS = "epochs", "minutes", "pictures"
+              sigma_max=1.0, precision=None, epochs=None, pictures=None)
+BUDGETS = "pictures", "epochs"
 
 
 def arguments():
     """The command line. Flags that define the run default to None: --resume must see which were given."""
-    parser, whole = Parser(description=__doc__), number(int, 1)
-    add = parser.add_argument_group("pictures").add_argument
-    add("--data", metavar="PATH", help="a folder (any depth), a .npy or .npz of uint8 pictures, a folder of "
-        "ImageNet64 .npz batches, disc, or calpha:A (default: built-in pictures)")
-    add("--size", type=number(int, 1, 4096), help="side in pixels, a multiple of 2^levels (64; built-in 32)")
-    add("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3; disc and calpha 1)")
-    add("--patches", action="store_true", default=None, help="cut pictures into size×size tiles, unscaled")
-    add("--val", type=number(float, 0, 0.9), help="fraction held out, at most 2000 (default: 0.05)")
-    add("--subset", choices=("first", "second"), help="one half of the training pictures (paper B)")
-    add("--limit", type=whole, help="at most this many training pictures (paper B)")
-    add = parser.add_argument_group("network and training").add_argument
-    add("--width", type=number(int, 1, 4096), help="channels of E1 (default: 64; built-in 16)")
-    add("--levels", type=number(int, 1, 8), help="encoder blocks (default: so many that M sees the picture)")
-    add("--sigma-max", type=number(float, 0, 100), help="largest σ, pictures in [0, 1] (default: 1)")
-    add("--batch", type=number(int, 1, 2 ** 16), help="pictures a step, in all (default: 1024; built-in 32)")
-    add("--pictures", type=whole, metavar="N", help="train on so many, repeats counted (built-in: 150000)")
-    add("--epochs", type=number(float, 0, 1e12), help="times through them (default: 1000)")
-    add("--minutes", type=number(float, 0, 1e12), help="the schedule stretched to fit")
-    add("--precision", choices=("fp32", "bf16"), help="bf16: automatic mixed precision (default: fp32)")
-    add("--seed", type=number(int, 0, 2 ** 31), help="of split, order, noise and weights (default: 0)")
+    parser, whole = Parser(description=__doc__, usage="python train.py [flags]"), number(int, 1)
     add = parser.add_argument
-    add("--out", default="ckpt.pt", metavar="FILE.pt", help="checkpoint to write (default: ckpt.pt)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--resume", action="store_true", help="go on with --out exactly where it was saved")
-    either("--force", action="store_true", help="overwrite --out")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    add("--micro-batch", type=whole, help="pictures at a time: memory and speed alone (default: what fits)")
+    add("--data", metavar="PATH", help="folder, .npy, .npz, disc, calpha:A (default: built-in)")
+    add("--out", default="ckpt.pt", metavar="FILE", help="checkpoint to write (default: ckpt.pt)")
+    add("--preset", choices=("small", "paper"), help="small: 32×32, an hour at most (default without CUDA)")
+    add("--pictures", type=whole, metavar="N", help="train on N, repeats counted (small: 300000)")
+    add("--epochs", type=number(float, 0), metavar="N", help="times through them (paper: 1000)")
+    add("--resume", action="store_true", help="go on with --out exactly where it was saved")
+    add("--force", action="store_true", help="overwrite --out and what is beside it")
+    add("--size", type=number(int, 1, 4096), metavar="N", help="side in pixels (small: 32, paper: 64)")
+    add("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3)")
+    add("--patches", action="store_true", default=None, help="cut pictures into size×size tiles")
+    add("--width", type=number(int, 1, 4096), metavar="N", help="channels of E1 (small: 16, paper: 64)")
+    add("--levels", type=number(int, 1, 8), metavar="N", help="encoder blocks (default: M sees all)")
+    add("--batch", type=number(int, 1, 2 ** 16), metavar="N", help="pictures a step (small: 32, paper: 1024)")
+    add("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="of split, order, noise, weights")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where it is fast")
+    add("--sigma-max", type=number(float, 0, 100), metavar="σ", help="largest σ (default: 1)")
+    add("--val", type=number(float, 0, 0.9), metavar="P", help="part held out (default: 0.05)")
+    add("--subset", choices=("first", "second"), help="half of the training pictures (paper B)")
+    add("--limit", type=whole, metavar="N", help="at most N training pictures (paper B)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: the fastest)")
+    add("--micro-batch", type=whole, metavar="N", help="pictures at a time (default: what fits)")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--save-every", type=number(float, 0, 1e9), metavar="SECONDS",
-        help="evaluate and save so often (default: a twelfth of the run, 30 to 300)")
-    add("--bench", action="store_true", help="only measure speed at this size")
-    return vars(parser.parse_args())
+    add("--save-every", type=number(float, 0), metavar="S", help="seconds between saves (30 to 300)")
+    return parser.parse_args()
 
 
-def complete_flags(given, resume=None, path=""):
-    """Complete the flags that define a run: those given, then (resuming) the checkpoint's, then the defaults.
+def complete_settings(given, device, resume=None, path=""):
+    """What defines a run: the flags given, then (resuming) the checkpoint's, then the preset's.
 
-    Raises UserError, naming the flag, for one that contradicts the checkpoint or another flag. The budget of
-    a resumed run may be raised. A given budget replaces the default or the old one.
+    given: a dict with None for what was not given. Raises UserError, naming the flag, for one that
+    contradicts the checkpoint or another flag. The budget of a resumed run may be raised. A given budget
+    replaces another.
     """
-    given = {k: given[k] for k in COMMON | PAPER if given[k] is not None}
-    no_budget = dict.fromkeys(BUDGETS) if given.keys() & BUDGETS else {}
+    chosen = {name: given[name] for name in COMMON | PAPER if given[name] is not None}
+    no_budget = dict.fromkeys(BUDGETS) if chosen.keys() & set(BUDGETS) else {}
     if resume:
-        saved = resume["flags"]
-        for key, value in given.items():
-            longer = key in BUDGETS and (saved[key] or 0) <= value
-            moved = key == "data" and saved[key] is not None  # Run compares the pictures themselves
-            if value != saved[key] and not longer and not moved:
-                raise UserError(f"--{key.replace('_', '-')} {value} contradicts {path}, trained with "
-                                f"{saved[key]}; leave it out to go on, or give another --out")
-        return saved | no_budget | given
-    synthetic = is_synthetic(given.get("data"))
-    gray = dict(channels=1) if synthetic and "data" in given else {}
-    flags = COMMON | (SMALL if synthetic else PAPER) | gray | no_budget | given
-    if flags["levels"] is None:
-        flags["levels"] = next(n for n in range(1, 9) if receptive_field(n) >= min(flags["size"], 700))
-    if flags["size"] % 2 ** flags["levels"]:
-        raise UserError(f"--size {flags['size']}: must be a multiple of {2 ** flags['levels']} "
-                        f"(2^levels, levels = {flags['levels']})")
-    return flags
+        check_against(resume["flags"], chosen, path)
+        return COMMON | resume["flags"] | no_budget | chosen
+    data = chosen.get("data")
+    preset = given["preset"] or ("paper" if device.type == "cuda" and not is_synthetic(data) else "small")
+    if preset == "small" and not given["preset"]:
+        say("small preset: 32×32, width 16, batch 32, 300,000 pictures to see; the paper's, --preset paper, "
+            "is 64×64, width 64, batch 1024, 1000 epochs: weeks without a GPU")
+    settings = COMMON | (PAPER if preset == "paper" else SMALL)
+    if data and is_synthetic(data):
+        settings["channels"] = 1
+    settings |= no_budget | chosen
+    if settings["precision"] in (None, "auto"):
+        settings["precision"] = fast_precision(device)
+    size, levels = settings["size"], settings["levels"]
+    if levels is None:
+        levels = next(n for n in range(1, 9) if receptive_field(n) >= min(size, 700))
+    if size % 2 ** levels:
+        raise UserError(f"--size {size}: must be a multiple of {2 ** levels} (2^levels, levels = {levels})")
+    return settings | {"levels": levels}
 
 
-def choose_device(name):
-    """A torch.device that works: the one named, or CUDA, MPS, CPU in this order. Raises UserError."""
-    if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                       # torchrun: one GPU a process
-    name = name or ("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: not available here") from None
-    return torch.device(name)
+def check_against(saved, chosen, path):
+    """Raises UserError if a flag contradicts the settings that a checkpoint was trained with."""
+    for name, value in chosen.items():
+        longer = name in BUDGETS and (saved[name] or 0) <= value
+        moved = name == "data" and saved[name] is not None                     # `prepare` compares them
+        if value != saved[name] and not longer and not moved and value != "auto":
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: contradicts {path}, trained with {saved[name]}; leave it out "
+                            "to go on, or give another --out")
 
 
-def join_processes(device, **options):
+def fast_precision(device):
+    """bf16 where the hardware multiplies in it, else fp32. What is judged is computed in fp32 everywhere."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+        return "bf16"
+    return "fp32"
+
+
+def join_processes(device):
     """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
-    if missing := [v for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(v)]:
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
     if device.type == "mps":
         raise UserError("torchrun: processes cannot meet on mps; --device cpu, or start without torchrun")
+    import torch.distributed.nn.functional     # noqa: F401; imported later, by Adam, it keeps the group alive
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def stop_on_signal(stop):
-    """Ctrl-C, SIGTERM and a closed terminal append to the list `stop`, so that the run can save and end."""
+def stop_on_signal(signals):
+    """Ctrl-C, SIGTERM and a closed terminal append to the list `signals`: the run can save and end."""
     def on_signal(number, _):
-        stop.append(number)
+        if not signals:
+            say("stopping after this step")
+        signals.append(number)
         if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
             signal.signal(number, signal.SIG_DFL)
 
-    for name in "SIGINT", "SIGTERM", "SIGHUP":
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)   # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:              # nohup
             signal.signal(number, on_signal)
 
 
-def main():
-    """The command line's work; returns the exit code."""
-    given, stop = arguments(), []
-    out, device = given["out"], choose_device(given["device"])
-    if given["bench"]:
-        return bench(complete_flags(given), given["micro_batch"], device, given["compile"])
+def check_out(out, resume, force, data):
+    """Before the work: raises UserError if the checkpoint or a file beside it must not be written."""
     if not out.endswith(".pt"):
         raise UserError(f"--out {out or repr(out)}: the name must end in .pt")
-    resume = load_checkpoint(out)[1] if given["resume"] else None
-    if resume and "optimizer" not in resume:
-        raise UserError(f"{out}: weights only, without what --resume needs to go on exactly (Adam's state)")
-    if os.path.exists(out) and not (resume or given["force"]):
-        raise UserError(f"{out} exists: --resume goes on with it, --force overwrites it, --out names another")
-    check_outputs([out[:-3] + end for end in (".pt", ".jsonl", ".png")], bool(resume) or given["force"])
-    flags = complete_flags(given, resume, out)
-    if not resume and flags["data"] and Path(out).resolve().is_relative_to(Path(flags["data"]).resolve()):
-        raise UserError(f"--out {out}: lies in --data {flags['data']}, whose pictures its .png would join; "
-                        "name another folder")
+    if os.path.exists(out) and not (resume or force):
+        raise UserError(f"{out}: exists; --resume goes on with it, --force overwrites it, --out names "
+                        "another")
+    check_outputs([out], force or resume, data)
+    for path in companions(out):
+        written_by_us = False
+        if resume and os.path.isfile(path):
+            written_by_us = resume.get("run", "unknown").encode() in Path(path).read_bytes()
+        check_outputs([path], force or written_by_us, data)
+
+
+def main():
+    """The command line's work; returns the exit code."""
+    flags = arguments()
+    out, device, resume, signals = flags.out, choose_device(flags.device), None, []
+    if flags.resume:
+        _, resume = load_checkpoint(out)
+        if "optimizer" not in resume:
+            raise UserError(f"{out}: weights only, without Adam's state, which --resume needs")
+    settings = complete_settings(vars(flags), device, resume, out)
+    check_out(out, resume, flags.force, settings["data"])
     if "RANK" in os.environ:
         join_processes(device)
-    if given["data"] is None and not resume:
-        say("no --data: built-in pictures, small preset (32×32, width 16, batch 32)")
-    train(flags, out, device, resume, given["micro_batch"], given["compile"], given["save_every"],
-          stop=lambda: bool(stop), ready=lambda: stop_on_signal(stop))
+    stop_on_signal(signals)
+    train(settings, out, device, resume, flags.micro_batch, flags.compile, flags.save_every,
+          stop_requested=lambda: bool(signals))
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 128 + stop[0] if stop else 0
+    return 128 + signals[0] if signals else 0
 
 
 if __name__ == "__main__":

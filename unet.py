@@ -9,24 +9,29 @@
                                  └ E2 ───────── skip ──────── D2 ┘
                                     └ E3 ────── skip ───── D3 ┘          └ 2×2 average pooling
                                        └─────── M ────────┘             ┘ 2×2 transposed convolution
+
+The second half of the file holds what all scripts share: checkpoints, files, the screen, pictures.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import math
 import os
-import pathlib
 import shutil
 import sys
 import time
 import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
-if sys.version_info < (3, 11):
-    sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0])
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # read when torch is imported: idle threads sleep,
-import torch                                              # and two processes on the same cores stay fast
+import numpy as np                                        # and two processes on the same cores stay fast
+import PIL
+import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 # App. A.1, Architecture; Eq. 2, the score
@@ -48,6 +53,12 @@ def receptive_field(levels):
         side += 2 * 2 * stride + stride                   # two 3×3 convolutions, one 2×2 pooling
         stride *= 2
     return side + 3 * 2 * stride                          # the three 3×3 convolutions of M
+
+
+class Sides(NamedTuple):
+    """ā at the two sides of a block, (N, d_in) and (N, d_out)."""
+    input: torch.Tensor
+    output: torch.Tensor
 
 
 class UNet(nn.Module):
@@ -117,7 +128,7 @@ class UNet(nn.Module):
         return self.denoise(y) - y
 
     def activations(self, y):
-        """ā at the input and output of every block (§2.1): {name: ((N, d_in), (N, d_out))}, in running order.
+        """ā at the input and output of every block (§2.1): {name: Sides}, in running order.
 
         A decoder block's input is its skip and what comes from below, concatenated. Errors: as `encode`.
         """
@@ -125,7 +136,7 @@ class UNet(nn.Module):
         with contextlib.ExitStack() as hooks:             # taken off again at its end
             for name, block in self.blocks.items():
                 def record(block, inputs, out, name=name):
-                    averages[name] = inputs[0].mean((2, 3)), out.mean((2, 3))
+                    averages[name] = Sides(inputs[0].mean((2, 3)), out.mean((2, 3)))
                 hooks.enter_context(block.register_forward_hook(record))
             self(y)
         return averages
@@ -134,95 +145,139 @@ class UNet(nn.Module):
 # §2.3, the representation
 
 @torch.no_grad()
-def phi(model, x, sigma, draws=1, generator=None):
-    """φ(x_σ) = E_z[ā_M(x + σz)] (§2.3), the mean over `draws` noise realisations: (N, width·2^levels).
+def expectation(f, x, sigma, draws=1, generator=None):
+    """E_z[f(x + σz)], z ~ N(0, I), estimated by the mean over `draws` realisations of z.
 
-    x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture (N,). generator: a torch.Generator on x's
-    device. Only E1 … M run, without a gradient, on 2^20 pixels at a time. Errors: as `encode`.
+    f: takes (N, C, H, W), gives a tensor. x: (N, C, H, W) in [0, 1]. sigma: a number, or one per picture
+    (N,). generator: a torch.Generator on x's device. No gradient.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-    (n, c, h, w), total = x.shape, 0           # z is drawn channels last, as the network runs
-    for _ in range(draws):
+    n, c, h, w = x.shape
+    total = 0
+    for _ in range(draws):                                # z is drawn channels last, as the network runs
         z = torch.randn(n, h, w, c, generator=generator, device=x.device, dtype=x.dtype)
-        y = torch.addcmul(x, sigma, z.permute(0, 3, 1, 2))
-        total = total + torch.cat([model.encode(part)[0].mean((2, 3))
-                                   for part in y.split(max(1, 2 ** 20 // (h * w)))])
+        total = total + f(torch.addcmul(x, sigma, z.permute(0, 3, 1, 2)))
     return total / draws
 
 
-# What all scripts share: reading a checkpoint, writing a file, the status line, the end
+def average_M(model, y):
+    """ā_M(y), the spatial averages of the middle block (§2.1): (N, C, H, W) -> (N, width·2^levels)."""
+    return model.encode(y)[0].mean((2, 3))
+
+
+def phi(model, x, sigma, draws=1, generator=None):
+    """φ(x_σ) = E_z[ā_M(x + σz)] (§2.3), the mean over `draws` noise realisations: (N, width·2^levels).
+
+    Arguments as for `expectation`. Only E1 … M run, on 2^20 pixels at a time. Errors: as `encode`.
+    """
+    def averages(y):
+        parts = y.split(max(1, 2 ** 20 // (y.shape[2] * y.shape[3])))
+        return torch.cat([average_M(model, part) for part in parts])
+
+    return expectation(averages, x, sigma, draws, generator)
+
+
+def fixed_phi(model, x, draws=20):
+    """φ at σ = 0.3, (N, d), always with the same noise: what distances between pictures are measured in."""
+    parts = [phi(model, part, 0.3, draws, seeded(x.device, 77, i)) for i, part in enumerate(x.split(256))]
+    return torch.cat(parts)
+
+
+# Checkpoints: all that is needed to rebuild a network, in one file
 
 FORMAT = "blind-denoiser-2"
-ENTRIES = set("model weights size sigma_max mean flags training step elapsed fingerprint".split())
-
-
-class UserError(ValueError):
-    """Input that the user can mend. The scripts print it as one line and exit with code 2."""
+ENTRIES = {"model": dict, "weights": dict, "size": int, "sigma_max": float, "mean": list, "flags": dict,
+           "training": dict, "step": int, "elapsed": float, "fingerprint": str}
+FLAGS = {"channels": int, "levels": int, "patches": bool, "val": float, "seed": int, "batch": int}
 
 
 def load_checkpoint(path, device="cpu"):
-    """Rebuild a model from its file alone: (UNet in evaluation mode on `device`, the checkpoint's dict).
+    """Rebuild a network from its file alone: (UNet in evaluation mode on `device`, the checkpoint's dict).
 
     The dict holds plain numbers, strings, lists and tensors: `model` (width, channels, levels), `size`
-    (pixels), `sigma_max`, `mean` (the mean colour, in [0, 1]), `flags` (of the training), `training` (a
-    summary), and here also `sha256` of the file. Nothing in the file is executed. Raises OSError, and
+    (pixels), `sigma_max`, `mean` (the mean colour, in [0, 1]), `flags` (the settings of the training),
+    `training` (a summary), and here also `sha256` of the file. Nothing in the file is executed. Raises
     UserError for what is not a whole checkpoint of ours.
     """
-    data, checkpoint = pathlib.Path(path).read_bytes(), None
-    with contextlib.suppress(Exception):                  # a damaged or malicious file raises nearly anything
+    with explain(path, "not a checkpoint written by train.py, or damaged"):
+        data = Path(path).read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if archive.testzip() is None:                 # every member's CRC; torch.load reads none
-                checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint written by train.py, or damaged")
-    if checkpoint["format"] != FORMAT:
-        raise UserError(f"{path}: a checkpoint of another version of train.py; train it again")
-    try:
-        if missing := ENTRIES - checkpoint.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}")
-        weights = {k: v.float() for k, v in checkpoint["weights"].items()}
-        if not all(v.isfinite().all() for v in weights.values()):
-            raise ValueError("weights that are not finite")
+            if damaged := archive.testzip():              # every member's CRC; torch.load reads none
+                raise ValueError(f"{damaged} is not what was written")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if checkpoint.get("format") != FORMAT:
+            raise ValueError(f"its format is {checkpoint.get('format')!r}, not {FORMAT!r}")
+        for entries, kinds in ((checkpoint, ENTRIES), (checkpoint["flags"], FLAGS)):
+            for name, kind in kinds.items():
+                if not isinstance(entries.get(name), kind):
+                    raise ValueError(f"{name} is missing or not of type {kind.__name__}")
+        weights = {name: weight.float() for name, weight in checkpoint["weights"].items()}
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("there are weights that are not finite")
         with torch.device("meta"):                        # costs nothing, whatever the width says
             model = UNet(**checkpoint["model"])
         model.load_state_dict(weights, assign=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        detail = str(error).splitlines()[-1].strip()      # torch's last line says what does not fit
-        raise UserError(f"{path}: damaged checkpoint ({detail})") from None
     checkpoint["sha256"] = hashlib.sha256(data).hexdigest()
     return model.to(device).requires_grad_().eval(), checkpoint
 
 
-def temporary_name(target):
-    """The file beside `target` that `write` fills first, this process's own."""
-    return f"{target}.{os.getpid()}.tmp"
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint's dict to `path`, whole or not at all. Raises UserError if it cannot be written."""
+    buffer = io.BytesIO()                                 # torch's own writer hides why a disk refused it
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    with write(path) as file:
+        file.write(buffer.getbuffer())
 
 
-def check_outputs(paths, force=False):
-    """Before the work: UserError if one of these files could not be written, or exists without `force`."""
+# Trouble, and files
+
+class UserError(ValueError):
+    """Something that the user can mend. The scripts print it as one line and exit with code 2."""
+
+
+@contextlib.contextmanager
+def explain(path, what):
+    """Reading a file of the user's: whatever a library finds wrong with it becomes a UserError.
+
+    It names the file, says `what` it is then ("not a picture") and gives the last line of the library's
+    words.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")  # a FIFO would be waited for
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:                            # damaged files raise nearly anything, by format
+        words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: {what} ({words.strip().splitlines()[-1].strip()})") from None
+
+
+def check_outputs(paths, force=False, data=None):
+    """Before the work: UserError if one of these files cannot be written, or exists and `force` is not given.
+
+    data: the folder of pictures that is read; what we write there would be taken for one of them.
+    """
     for path in paths:
-        target = os.path.realpath(path)
-        folder = os.path.dirname(target)
-        if os.path.isdir(target):
-            raise UserError(f"--out {path or repr(path)}: must name a file, not a folder")
-        try:                                              # what the folder's rights say is no proof
-            open(temporary_name(target), "xb").close()
-            os.remove(temporary_name(target))
-        except OSError as error:
-            why = error.strerror.lower() if os.path.isdir(folder) else f"there is no folder {folder}"
-            raise UserError(f"--out {path}: cannot be written ({why})") from None
-        if os.path.exists(target) and not force:
-            raise UserError(f"{path} exists: --force overwrites it, --out names another")
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(folder):
+            raise UserError(f"{path}: cannot be written, there is no folder {folder}")
+        if os.path.isdir(path) or not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: cannot be written; --out names another file")
+        if data and os.path.isdir(data) and Path(folder).is_relative_to(os.path.realpath(data)):
+            raise UserError(f"{path}: lies among the pictures of {data}; --out names another place")
+        if os.path.exists(path) and not force:
+            raise UserError(f"{path}: exists; --force overwrites it, --out names another")
 
 
 @contextlib.contextmanager
 def write(path):
     """A file to write bytes to, which becomes `path` once it is whole: readers see the old file or the new.
 
-    A link is followed. Whatever goes wrong, the old file is intact and nothing is left beside it.
+    A link is followed. Whatever goes wrong, the old file is intact. Raises UserError if a disk refuses.
     """
     target = os.path.realpath(path)
-    temporary = temporary_name(target)
+    temporary = target + ".tmp"                           # one that a killed run left is written over
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -236,6 +291,99 @@ def write(path):
             os.remove(temporary)                          # there only if something failed
 
 
+def run(main):
+    """The last line of every script: run `main` and exit with the code that it returns.
+
+    What the user can mend (UserError, a file, too little memory) is one line and exit code 2; Ctrl-C is 130,
+    without a word. Our own mistakes keep their traceback.
+    """
+    check_versions()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)                          # a second one gains a fifth, or halves the speed where
+                                                          # another program wants its core (results.md)
+    if sys.stdout is None:                                # closed: python train.py >&-
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")                      # consoles that know no σ
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        trouble = str(error)
+    except OSError as error:
+        trouble = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and "t allocate memory" not in str(error):                 # a RuntimeError, on a CPU
+            raise
+        trouble = f"out of memory; smaller settings need less ({str(error)[:60]})"
+    say("", end="")                                       # takes the status line away
+    print(f"{os.path.basename(sys.argv[0])}: {printable(trouble)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_versions():
+    """Exit with one line if Python or a package is older than what was tried."""
+    for name, version, least in (("Python", sys.version, (3, 11)), ("torch", torch.__version__, (2, 5)),
+                                 ("numpy", np.__version__, (1, 26)), ("pillow", PIL.__version__, (10, 1))):
+        major, minor = version.split(".")[:2]
+        if (int(major), int(minor)) < least:
+            sys.exit(f"{name} {least[0]}.{least[1]} or later is needed; this is {version.split()[0]}")
+
+
+# The command line and the screen
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no guessing of shortened flags."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: `kind` (int or float) in [low, high], low itself excluded for floats."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (kind is float and value == low):       # NaN is in no range
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} {low:g} and at most {high:g}")
+        return value
+
+    least = "above" if kind is float else "at least"
+    parse.__name__ = "integer" if kind is int else "number"                    # argparse's name for it
+    return parse
+
+
+def choose_device(name=None):
+    """A torch.device that works: the one named, or CUDA, MPS, CPU in this order. Raises UserError."""
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                       # torchrun: one GPU a process
+    if name is None and torch.backends.mps.is_available():
+        name = "mps"
+    device = name or "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {device}: not available here") from None
+    return torch.device(device)
+
+
+def seeded(device, *words):
+    """A torch.Generator on `device` for these words or integers; what was drawn before plays no part."""
+    return torch.Generator(device).manual_seed(seed_of(*words))
+
+
+def seed_of(*words):
+    """A seed of 32 bits for these non-negative integers and strings: random streams have names."""
+    numbers = [int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
+               if isinstance(word, str) else word for word in words]
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def on_terminal():
     """Is standard output a terminal, whose last line can be rewritten?"""
     return sys.stdout is not None and sys.stdout.isatty()
@@ -243,11 +391,13 @@ def on_terminal():
 
 def say(text, end="\n"):
     """Print a line in place of the status line. Whatever happens to standard output, the work goes on."""
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():   # torchrun: the first one speaks
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():   # torchrun: one speaks
         return
+    if on_terminal():
+        text = "\r\033[K" + text                          # the start of the line; erase it
     try:
-        print("\r\033[K" * on_terminal() + printable(text), end=end, flush=True)
-    except (OSError, ValueError):                          # a closed pipe, a full disk
+        print(text, end=end, flush=True)
+    except (OSError, ValueError):                         # a closed pipe, a full disk
         sys.stdout = open(os.devnull, "w")
 
 
@@ -258,9 +408,12 @@ def printable(text):
 
 def duration(seconds):
     """45 s, 12.3 min, 5.1 h, 31 days."""
-    for unit, length, limit in ("s", 1, 90), ("min", 60, 5400), ("h", 3600, 172800):
-        if seconds < limit:
-            return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    if seconds < 172800:
+        return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:,.0f} days"
 
 
@@ -273,65 +426,101 @@ class Progress:
     def __init__(self, begun=0.0):
         self.begun, self.start, self.shown = begun, time.monotonic(), time.monotonic()
 
-    def left(self, fraction):
-        """Seconds left, by the rate so far."""
-        done, taken = fraction - self.begun, time.monotonic() - self.start
-        return taken * (1 - fraction) / done if done > 0 else math.inf
-
     def __call__(self, fraction, text):
-        now, terminal = time.monotonic(), on_terminal()
-        if fraction > self.begun and now - self.shown > (0.5 if terminal else 15):
-            self.shown = now
-            line = f"{duration(self.left(fraction))} left  {100 * fraction:3.0f} %  {text}"
-            width = shutil.get_terminal_size().columns - 1 if terminal else None
-            say(line[:width], end="" if terminal else "\n")
+        now, done = time.monotonic(), fraction - self.begun
+        every = 0.5 if on_terminal() else 15
+        if done <= 0 or now - self.shown < every:
+            return
+        self.shown = now
+        left = (now - self.start) * (1 - fraction) / done
+        line = f"{duration(left)} left  {100 * fraction:3.0f} %  {text}"
+        if on_terminal():
+            say(line[:shutil.get_terminal_size().columns - 1], end="")
+        else:
+            say(line)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no guessing of shortened flags."""
+# Pictures: to tensors, from tensors, on a sheet
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+def to_batch(x, device="cpu"):
+    """(B, H, W, C) uint8 -> (B, C, H, W) float in [0, 1] on `device`, channels-last in memory."""
+    return torch.from_numpy(np.array(x, order="C")).to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
-def number(kind, low, high=2 ** 60):
-    """An argparse type: `kind` in [low, high], low excluded for floats; no NaN, no infinity."""
-    least = f"{'above' if kind is float else 'at least'} {low:g}"
-    most = f" and at most {high:g}" * (high < 2 ** 60)
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (kind is float and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: must be {least}{most}")
-        return value
-    parse.__name__ = "integer" if kind is int else "number"
-    return parse
+def to_uint8(x):
+    """An array in [0, 1] -> 0 … 255, rounded."""
+    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def run(main):
-    """The last line of every script: run `main` and exit with the code that it returns.
+def to_image(x, side=None):
+    """(C, H, W) in [0, 1] -> a PIL RGB image, enlarged without smoothing to about `side` pixels."""
+    image = Image.fromarray(to_uint8(x.float().cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()))
+    scale = max(1, round((side or image.width) / image.width))
+    return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
 
-    What the user can mend (UserError, a file, too little memory) is one line and exit code 2; Ctrl-C is 130,
-    without a word.
-    """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")     # consoles that know no σ
+
+WORDS = {"σ": "sigma", "φ": "phi", "α": "alpha", "β": "beta", "λ": "lambda", "√": "sqrt ", "‖": "|", "₁": "1",
+         "₂": "2", "−": "-", "–": "-", "→": "->", "≥": ">=", "≤": "<=", "…": "...", "≈": "~", "\u0302": ""}
+
+
+@functools.lru_cache
+def font(size=26):
+    """DejaVu Sans, which has Greek letters, where the system has it; else Pillow's own, which has none."""
     try:
-        sys.exit(main() or 0)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        trouble = str(error)
-    except OSError as error:
-        trouble = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not full and "t allocate memory" not in str(error):           # a RuntimeError, on a CPU
-            raise
-        trouble = f"out of memory; smaller settings need less ({str(error)[:60]})"
-    say("", end="")                                       # takes the status line away
-    print(f"{os.path.basename(sys.argv[0])}: {printable(trouble)}", file=sys.stderr)
-    sys.exit(2)
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+def greek(text):
+    """`text` as `font` can show it, in one line: where the system has no DejaVu, σ is written sigma."""
+    text = printable(str(text))
+    if "DejaVu" not in font().getname()[0]:
+        text = "".join(WORDS.get(c, c) for c in text).encode("latin-1", "replace").decode("latin-1")
+    return text
+
+
+def caption(text, size=26, width=1600):
+    """Text on white, `width` pixels wide, in as many lines as it needs. A PIL image."""
+    pen, lines = font(size), [""]
+    for word in greek(text).split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.getlength(longer) <= width - 12 or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    image = Image.new("RGB", (width, int((1.3 * len(lines) + 0.3) * size)), "white")
+    for k, line in enumerate(lines):
+        ImageDraw.Draw(image).text((6, int((1.3 * k + 0.2) * size)), line, "black", pen)
+    return image
+
+
+def titled(text, image, width=None, size=22):
+    """A PIL image with its title above, `width` pixels wide (default: as wide as the image)."""
+    return grid([caption(text, size, width or image.width), image], 1, 2)
+
+
+def grid(images, columns, gap=8):
+    """PIL images of any size on one white sheet, `columns` in a row, top-aligned."""
+    rows = [images[i:i + columns] for i in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) + gap for row in rows]
+    width = max(sum(image.width + gap for image in row) for row in rows) - gap
+    sheet = Image.new("RGB", (width, sum(heights) - gap), "white")
+    top = 0
+    for row, height in zip(rows, heights):
+        left = 0
+        for image in row:
+            sheet.paste(image, (left, top))
+            left += image.width + gap
+        top += height
+    return sheet
+
+
+def picture_rows(rows, side=96):
+    """Rows of pictures with a name in front of each: rows is [(name, x (N, C, H, W))]. A PIL image."""
+    left = 20 + int(max(font().getlength(greek(name)) for name, _ in rows))
+    sheets = []
+    for name, x in rows:
+        pictures = [to_image(picture, side) for picture in x]
+        sheets.append(grid([caption(name, width=left), *pictures], len(pictures) + 1, 4))
+    return grid(sheets, 1, 4)
