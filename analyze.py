@@ -7,7 +7,8 @@
     python analyze.py --table a/results.json b/results.json
 
 Measure, judge and draw are three things in three places. A *measure* takes a study and a view of it and gives
-numbers; it is called for the trained network and for nulls, which have learnt nothing. The *claims* are one
+numbers; it is called for the trained network and for nulls, which have learnt nothing. (A null that is no
+view, as the Wiener filter, is measured by the analysis itself, in numbers["nulls"].) The *claims* are one
 table, a row a sentence of the papers, and `judge` is the only place where a verdict is made: a claim holds if
 its number goes the paper's way, and farther than the same number of every null. No claim about φ is judged
 unless M is in use (`Study.alive`). A *drawing* makes the figures of an analysis from its numbers.
@@ -135,7 +136,7 @@ class Study:
         return known or [self.sigma_max]
 
     def draws_at(self, sigma):
-        """Noise draws of E_z at this σ: below 0.3 the variance of ā falls faster than σ, so fewer do as well."""
+        """Noise draws of E_z at σ: below 0.3 the variance of ā falls faster than σ; fewer draws suffice."""
         return max(1, round(self.draws * min(1, sigma / 0.3)))
 
     @functools.cached_property
@@ -161,6 +162,8 @@ class Study:
         """
         if name == "untrained":
             return self.untrained
+        if name not in ("shuffled", "Gaussian"):
+            raise KeyError(name)
         codes, views = self.network.phi, []
         for k in range(3):
             code = codes[self.sigma]
@@ -235,6 +238,8 @@ def estimate(values, groups=None):
 
 def bootstrap(measure, n, rng, samples=300):
     """Estimate of measure(rows): its value for all n rows, its SD over resamples with replacement."""
+    if n < 2:
+        return UNKNOWN
     value = float(measure(np.arange(n)))
     resampled = []
     for _ in range(samples):
@@ -270,8 +275,8 @@ def otsu(values):
     The share is 3/4 for a uniform distribution, 2/π for a Gaussian, 1 for two points; NaN for a constant.
     """
     values = np.sort(values)
-    if np.ptp(values) == 0:
-        return values[0], math.nan
+    if len(values) < 2 or values[0] == values[-1]:
+        return math.nan, math.nan
     n, sums = len(values), np.cumsum(values)
     size = np.arange(1, n)                                 # of the lower group
     low = sums[:-1] / size                                 # the groups' means
@@ -579,7 +584,7 @@ def neighbours(study, view):
 # §2.5, Emergent clusters (Fig. 6, 15, 16)
 
 class Apart(NamedTuple):
-    """Fig. 6 for p pairs of groups: distance of centres, SD along their line, (p,) each; mean of the ratio."""
+    """Fig. 6, p pairs of groups: distance of centres, SD along their line, (p,) each; mean of the ratio."""
     distance: np.ndarray
     deviation: np.ndarray
     ratio: Estimate
@@ -761,7 +766,7 @@ def correlation_estimate(a, b, rng):
 
 
 def tails(pr, heaviness):
-    """(median |kurtosis − 3| of common channels, that of specialised ones minus it); NaN without two groups."""
+    """Median |kurtosis − 3| of common channels; that of specialised ones minus it. NaN without two groups."""
     finite = np.isfinite(pr) & np.isfinite(heaviness)
     pr, away = pr[finite], abs(heaviness[finite] - 3)
     if len(pr) < 4 or np.ptp(pr) == 0:
@@ -1067,8 +1072,9 @@ def draw_from(study, trained, samples=32):
 
 def to_nearest(a, b):
     """The nearest of pictures b to each of a: (cosine of pixels minus mean colour, row), each (len(a),)."""
-    cosines = less_colour(a) @ less_colour(b[:POOL]).T     # (len(a), len(b))
-    return cosines.cpu().max(1)
+    unit = less_colour(a)
+    cosines = [unit @ less_colour(part).T for part in b.split(POOL)]
+    return torch.cat(cosines, 1).cpu().max(1)              # of (len(a), len(b))
 
 
 def compare_pair(study, pair):
@@ -1325,7 +1331,8 @@ def regularity(study, view):
     At less noise small networks meet their own error. Null: the Wiener filter, which is blind to geometry.
     """
     data = study.checkpoint["flags"]["data"] or ""
-    if not data.startswith(("calpha:", "disc")) or study.training is None or view.model.channels > 1:
+    computed = data == "disc" or data.startswith("calpha:")
+    if not computed or study.training is None or view.model.channels > 1:
         raise Skip("only for networks trained on --data disc or calpha:A, in gray, and their own pictures")
     optimum, discs = 1.0, {}
     if data == "disc":
@@ -1357,7 +1364,7 @@ class Claim(NamedTuple):
     place: str
     number: str                     # "analysis.key", an Estimate
     sign: int                       # +1: it should be large, −1: small, 0: only different from the nulls
-    effect: float                   # by how much it must differ from every null at least
+    effect: float                   # by how much it must differ from the mean of each null at least
     nulls: str = "untrained"
     rule: Callable = None           # a condition of its own: numbers -> True, False, None (cannot be told)
     rule_text: str = ""             # what the number is, and the rule; {key} stands for another number
@@ -1380,39 +1387,45 @@ class Verdict(NamedTuple):
 def judge(claim, numbers, nulls, why_not_alive=""):
     """The Verdict, from the numbers of the claim's analysis and {null: [the same of each replicate]}.
 
-    A claim holds if its own rule does (without one: if the number is beyond 0 by two standard errors) and if,
-    for each of its nulls, the number is farther in the claim's direction than that of every replicate, and
-    than their mean by `effect` and by two combined standard deviations. It is not comparable if the number,
-    its error, the rule or a null is not known.
+    A claim holds if its own rule does (without one: if the number is beyond 0 by two standard errors) and if
+    the number is beyond each of its nulls. It is not comparable if the number, its error, the rule or a null
+    is not known.
     """
     key = claim.number.split(".")[1]
-    estimated, why, summary = numbers.get(key, UNKNOWN), claim.rule_text, {}
-    if not math.isfinite(sum(estimated)):
-        holds = None
-    elif claim.rule is None:
-        holds = beyond(estimated, claim.sign)
-    else:
-        holds, why = claim.rule(numbers), why.format_map(numbers)
+    tested = numbers.get(key, UNKNOWN)
+    holds, why, summary = None, "the number was not measured", {}
+    if math.isfinite(sum(tested)):
+        why = claim.rule_text.format_map(numbers)
+        if claim.rule is None:
+            holds = beyond(tested, claim.sign)
+        else:
+            holds = claim.rule(numbers)
     for name in claim.nulls.split():
         values = np.array([value_of(replicate, key) for replicate in nulls[name]], float)
-        if holds is None or not len(values):
-            continue
         values = values[np.isfinite(values)]
         if not len(values):
-            holds = None
-            continue
-        mean, spread = values.mean(), 0.0
-        if len(values) > 1:
-            spread = values.std(ddof=1)
-        summary[name] = mean, spread, len(values)
-        direction = claim.sign or np.sign(estimated.value - mean)
-        ahead = direction * (estimated.value - values)
-        least = max(claim.effect, 2 * math.hypot(estimated.error, spread))
-        holds = holds and ahead.min() > 0 and ahead.mean() >= least
+            holds, why = None, f"there is no null to compare with ({name})"
+        if holds is not None:
+            summary[name] = values.mean(), spread_of(values), len(values)
+            holds = holds and beyond_null(claim, tested, values)
     if claim.about_phi and why_not_alive:
         holds, why = None, "M is not in use"
     verdict = {True: "holds", False: "fails", None: "not comparable"}[holds]
-    return Verdict(claim.text, claim.place, claim.only, verdict, *estimated, summary, why)
+    return Verdict(claim.text, claim.place, claim.only, verdict, *tested, summary, why)
+
+
+def beyond_null(claim, tested, values):
+    """Is an Estimate farther in the claim's direction than every replicate of a null, `values` (n,), and than
+    their mean by `effect` and by two combined standard deviations?"""
+    direction = claim.sign or np.sign(tested.value - values.mean())
+    ahead = direction * (tested.value - values)            # (n,)
+    least = max(claim.effect, 2 * math.hypot(tested.error, spread_of(values)))
+    return bool(ahead.min() > 0 and ahead.mean() >= least)
+
+
+def spread_of(values):
+    """The standard deviation of values (n,), 0 for a single one."""
+    return values.std(ddof=1) if len(values) > 1 else 0.0
 
 
 def value_of(numbers, key):
@@ -1467,26 +1480,6 @@ def within_a_tenth(numbers):
     if abs(numbers["gap"].value) - 2 * numbers["gap"].error > 0.1:
         return False
     return None
-
-
-def copied(numbers):
-    return numbers["memorised"].value >= 0.95
-
-
-def no_gap(numbers):
-    return numbers["gap"].value <= 0.1
-
-
-def same_samples(numbers):
-    return numbers["agreement"].value >= 0.8
-
-
-def not_copied(numbers):
-    return numbers["copies"].value <= 0.05
-
-
-def as_symmetric_as_the_authors(numbers):
-    return numbers["symmetry"].value >= 0.84
 
 
 def near_optimum(numbers):
@@ -1560,18 +1553,18 @@ CLAIMS = [
     Claim("training and held-out PSNR agree", "paper B, Fig. 1", "denoising.gap", 0, 0, "",
           within_a_tenth, "dB at the worst σ; with two errors within 0.1", about_phi=False),
     Claim("a small training set is memorised", "paper B, Fig. 1, 2", "generalisation.memorised", 1, 0.05,
-          "held-out", copied,
+          "held-out", within("memorised", 0.95, 1.01),
           "cosine to the nearest training picture at the smallest N, at least 0.95",
           about_phi=False),
     Claim("of a large one, training and held-out PSNR agree", "paper B, Fig. 1",
-          "generalisation.gap", -1, 0.1, "smallest-N", no_gap,
+          "generalisation.gap", -1, 0.1, "smallest-N", within("gap", -math.inf, 0.1),
           "mean difference in dB at the largest N, at most 0.1", about_phi=False),
     Claim("two networks then draw the same", "paper B, Fig. 2", "generalisation.agreement", 1, 0.05,
-          "other-noise smallest-N", same_samples,
+          "other-noise smallest-N", within("agreement", 0.8, 1.01),
           "cosine of samples from the same noise, at least 0.8",
           about_phi=False),
     Claim("these samples are new", "paper B, Fig. 2", "generalisation.copies", -1, 0.05,
-          "smallest-N", not_copied,
+          "smallest-N", within("copies", -math.inf, 0.05),
           "cosine to the nearest training picture, minus that of held-out pictures; at most 0.05",
           about_phi=False),
     Claim("the basis is adapted to the picture", "paper B, Fig. 3", "harmonics.adapted", 1, 0.02,
@@ -1581,7 +1574,7 @@ CLAIMS = [
           "other-picture random-weights",
           rule_text="rank correlation of λ_k and ⟨x, e_k⟩², minus the Wiener filter's", about_phi=False),
     Claim("the Jacobian is nearly symmetric", "paper B, §3", "harmonics.symmetry", 1, 0.1,
-          "random-weights", as_symmetric_as_the_authors,
+          "random-weights", within("symmetry", 0.84, 1.01),
           "mean uᵀv of ten singular pairs, at least .84 (the authors': .84 to .98)",
           about_phi=False),
     Claim("slopes are near the optimum on C^α pictures, below it on discs",
@@ -1602,8 +1595,8 @@ def draw_sparsity(study, numbers):
             bars(before, 30, span, "input", ORANGE),
             bars(after, 30, span, "output", GREEN)]
         plots.append(plot((530, 400), marks, "participation ratio", "pictures", block))
-    text = ("Fig. 1, 10. The share of active channels (PR) before and after each block. Paper: it rises in the "
-            "encoder (E), falls in M and in the decoder (D).")
+    text = ("Fig. 1, 10. The share of active channels (PR) before and after each block. Paper: it rises in "
+            "the encoder (E), falls in M and in the decoder (D).")
     return {"sparsity": (grid(plots, 3, 5), text)}
 
 
@@ -1618,8 +1611,8 @@ def draw_stability(study, numbers):
         else:
             marks.append(line(sigmas, mean, name))
     image = plot((1600, 800), marks, "σ₂ (leftmost point: 0)", "cosine to σ₁ = 0.5", log="x")
-    text = ("Fig. 2, 11. How far each block keeps its direction when the noise changes (band: one SD). Paper: M is "
-            "highest. Stability counts only above the cosine between different pictures.")
+    text = ("Fig. 2, 11. How far each block keeps its direction when the noise changes (band: one SD). "
+            "Paper: M is highest. Stability counts only above the cosine between different pictures.")
     return {"stability": (image, text)}
 
 
@@ -1636,8 +1629,8 @@ def draw_selectivity(study, numbers):
         title = f"channel {channel}, PR {pr[channel]:.2g}; excited by {excited} of {len(code)}"
         cells.append(exciting(study, channel, title, 160))
     histogram = plot((1600, 480), marks, "participation ratio over the pictures", "channels of φ")
-    text = ("Fig. 3, 12. Over how many pictures each channel is active (PR). Paper: two groups. Below: what excites "
-            "four specialised and two common channels most; do they share anything?")
+    text = ("Fig. 3, 12. Over how many pictures each channel is active (PR). Paper: two groups. Below: what "
+            "excites four specialised and two common channels most; do they share anything?")
     return {"selectivity": (grid([histogram, grid(cells, 3)], 1), text)}
 
 
@@ -1655,8 +1648,8 @@ def draw_attributes(study, numbers):
         for channel, response in zip(numbers["channels"][k], numbers["responses"][k]):
             cells.append(exciting(study, channel, f"channel {channel}: {response:.1f} r.m.s.", 117))
     columns = 1 + numbers["channels"].shape[1]
-    text = ("Fig. 4. Left, a picture; right, what else excites the three specialised channels that it excites most. "
-            "Do they show what the picture is made of?")
+    text = ("Fig. 4. Left, a picture; right, what else excites the three specialised channels that it "
+            "excites most. Do they show what the picture is made of?")
     return {"attributes": (grid(cells, columns), text)}
 
 
@@ -1676,11 +1669,11 @@ def draw_neighbours(study, numbers):
     for i, j in ((first, second), (first, third), (second, third)):
         marks = [dots(code[rows, i], code[rows, j]) for rows in numbers["groups"]]
         plots.append(plot((530, 480), marks, f"φ[{i}]", f"φ[{j}]"))
-    near = ("Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ (left) and of the "
-            "pixels (right). Paper: the former share what they show.")
-    spaces = (f"Fig. 5. Two specialised channels of φ, {first} and {second}, and a common one, {third}, for these "
-              "two pictures and their neighbours, blue and red. Paper: either group leaves one specialised channel "
-              "(nearly) at zero: a union of planes.")
+    near = ("Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ (left) and "
+            "of the pixels (right). Paper: the former share what they show.")
+    spaces = (f"Fig. 5. Two specialised channels of φ, {first} and {second}, and a common one, {third}, for "
+              "these two pictures and their neighbours, blue and red. Paper: either group leaves one "
+              "specialised channel (nearly) at zero: a union of planes.")
     return {"neighbours": (grid(sheets, 2), near), "subspaces": (grid(plots, 3, 5), spaces)}
 
 
@@ -1712,11 +1705,12 @@ def draw_clusters(study, numbers):
     for c in np.bincount(numbers["labels"]).argsort()[:-11:-1]:
         members = rng.permutation(np.flatnonzero(numbers["labels"] == c))
         sheets.append((f"{c} ({len(members)})", study.pictures(members[:12])))
-    lines = ("Fig. 6. Distance of two clusters' centres against their width along the line that joins them. Paper: "
-             "all pairs of clusters lie above the line of 2 SD, classes overlap more.")
-    members = ("Fig. 6, 15, 16. Random members of the ten largest clusters, one a row (how many there are). Paper: "
-               "they share the gist of the scene, not the class.")
-    return {"clusters": (grid(plots, 3, 5), lines), "cluster-members": (picture_rows(sheets, side=112), members)}
+    lines = ("Fig. 6. Distance of two clusters' centres against their width along the line that joins them. "
+             "Paper: all pairs of clusters lie above the line of 2 SD, classes overlap more.")
+    members = ("Fig. 6, 15, 16. Random members of the ten largest clusters, one a row (how many there are). "
+               "Paper: they share the gist of the scene, not the class.")
+    sheet = picture_rows(sheets, side=112)
+    return {"clusters": (grid(plots, 3, 5), lines), "cluster-members": (sheet, members)}
 
 
 def draw_channels(study, numbers):
@@ -1732,8 +1726,8 @@ def draw_channels(study, numbers):
         marks = [dots(numbers["pr"][finite], values[finite])]
         title = f"rank correlation {numbers[name].value:.2f}"
         plots.append(plot((530, 400), marks, "PR over the pictures", name, title))
-    text = ("Fig. 13. Values of eight channels; properties of all against PR. Paper: specialised ones have heavy "
-            "tails, are sparse in space and of few dimensions; common ones respond to more.")
+    text = ("Fig. 13. Values of eight channels; properties of all against PR. Paper: specialised ones have "
+            "heavy tails, are sparse in space and of few dimensions; common ones respond to more.")
     return {"channels": (grid([grid(marginals, 4, 5), grid(plots, 3, 5)], 1), text)}
 
 
@@ -1749,8 +1743,8 @@ def draw_embedding(study, numbers):
     middle = numbers["pairs"][square.argsort()[len(square) // 2]]
     band = ("Fig. 8. How different the pictures that share φ₁ are from those that share φ₂. "
             f"B/A = {numbers['B'] / numbers['A']:.1f}. Paper: a narrow band, B/A = 2.9.")
-    scores = ("Fig. 21. Noisy x₁; the score given φ₁, given φ₂; denoised given φ₁, given φ₂; half the difference. "
-              "Paper: the scores differ where the pictures do.")
+    scores = ("Fig. 21. Noisy x₁; the score given φ₁, given φ₂; denoised given φ₁, given φ₂; half the "
+              "difference. Paper: the scores differ where the pictures do.")
     return {"embedding": (image, band), "scores": (draw_scores(study, study.pictures(middle)), scores)}
 
 
@@ -1790,8 +1784,8 @@ def draw_reconstruction(study, numbers):
         for k in (0, 1):
             image = panel(samples[k], x[k:k + 1], side=256)
             sheets.append(titled(title, image, 790, 24))
-    text = ("Fig. 7, 17, 18. Samples of Algorithm 1 around their target (framed). Paper: they share its layout and "
-            "local detail. The control: what a φ makes that has learnt nothing.")
+    text = ("Fig. 7, 17, 18. Samples of Algorithm 1 around their target (framed). Paper: they share its "
+            "layout and local detail. The control: what a φ makes that has learnt nothing.")
     return {
         "reconstruction": (grid(sheets, 2), text),
         "unconditional": (panel(free, side=390), "Fig. 19. Samples without a target.")}
@@ -2309,17 +2303,16 @@ def analyse(study, names, progress):
         def report(fraction, text):
             progress((done + analysis.share * fraction) / whole, f"{name}: {text}")
 
-        study.progress = report
+        study.progress, figures = report, {}
         try:
             numbers[name] = measure(study, name)
-            figures = analysis.draw(study, numbers[name])
-        except Skip as reason:
-            numbers[name], figures = {"skipped": str(reason)}, {}
-            say(f"{name}: left out: {reason}")
-        else:
             for claim in claims_of(name):
                 verdicts.append(judge(claim, numbers[name], numbers[name]["nulls"], study.alive.why_not))
+            figures = analysis.draw(study, numbers[name])
             say(f"{name}: {duration(time.monotonic() - begun)}")
+        except Skip as reason:                             # of the measure, or of its drawing alone
+            numbers.setdefault(name, {"skipped": str(reason)})
+            say(f"{name}: left out: {reason}")
         for figure, (image, text) in figures.items():
             captions[figure] = text
             with write(os.path.join(study.out, f"{figure}.png")) as file:
@@ -2348,8 +2341,8 @@ def prepare(flags, model, checkpoint, device):
         what = "training and held-out" if is_known else "other pictures"
     rows = in_random_order(pictures, rows, flags.seed)[:flags.images]
     if len(rows) < 20:
-        raise UserError(f"{len(rows)} pictures are too few, 20 are the least; --data names others (if those of "
-                        "the training, all are analysed)")
+        raise UserError(f"{len(rows)} pictures are too few, 20 are the least; --data names others (if those "
+                        "of the training, all are analysed)")
     study = Study(
         model, checkpoint, pictures.x[rows], pictures.labels[rows], pictures.groups[rows],
         versus=pairs, kind=flags.kind, sigmas=tuple(dict.fromkeys(flags.sigma)), draws=flags.draws,
@@ -2396,7 +2389,7 @@ def arguments():
         help="of φ: the first is analysed (default: 0.3 0.1)")
     add("--clusters", type=number(int, 2), help="K (default: 100, or a 20th of the pictures)")
     add("--pairs", type=number(int, 5), default=24, help="of pictures, for Eq. 4 (default: 24)")
-    add("--steps", type=number(int, 3), default=STEPS, help="noise levels of Algorithm 1 (default: %(default)s)")
+    add("--steps", type=number(int, 3), default=STEPS, help="noise levels of Algorithm 1 (25)")
     add("--pictures", nargs="+", default=[], metavar="FILE", help="for attributes (default: three, by seed)")
     add("--seed", type=number(int, 0, 2 ** 31), default=0, help="default: 0")
     add("--out", default="figures", metavar="FOLDER", help="default: figures")

@@ -1,14 +1,14 @@
-"""Draw pictures that share a target's φ: Algorithms 1 and 2 (paper A: §3, App. C).
+"""Draw pictures that share a target's φ: Algorithms 1, 2 (paper A: §3, App. C).
 
   python sample.py ckpt.pt cat.jpg                         # eight like it
-  python sample.py ckpt.pt                                 # like four held-out ones
-  python sample.py ckpt.pt --mix a.png b.png --weights 7 3       # .7 φ(a) + .3 φ(b)
-  python sample.py ckpt.pt --cluster clusters.npz:7        # the mean φ of a cluster
+  python sample.py ckpt.pt                                 # four held-out targets
+  python sample.py ckpt.pt --mix a.png b.png --weights 7 3 # .7 φ(a) + .3 φ(b)
+  python sample.py ckpt.pt --cluster clusters.npz:7        # φ of a cluster
   python sample.py ckpt.pt --unconditional 16              # no target
-  python sample.py ckpt.pt --denoise cat.jpg --noise 0.2   # a picture of any size
+  python sample.py ckpt.pt --denoise cat.jpg --noise 0.2   # of any size
 
-It writes samples.png and samples.json. A sample depends on its seed; in its last
-digits, and at times visibly, on the batch, the number of threads and the device.
+It writes samples.png and samples.json. A sample depends on its seed; in its
+last digits, and at times visibly, on batch size, threads and device.
 """
 import json
 import math
@@ -27,8 +27,9 @@ from torch.nn.functional import normalize
 
 from train import builtin_pictures, load_picture, psnr, training_data, untrained_network
 
-STEPS = 25                                # noise levels of Algorithm 1, and gradients at each of them: with 40
-MAX_GRADIENTS = 20                        # and 200, samples are hardly closer to the target (README: sampling)
+# With 40 and 200 samples are hardly closer to their target (assets/results.md, section 6)
+STEPS = 25                                # noise levels of Algorithm 1
+MAX_GRADIENTS = 20                        # of Algorithm 2, at each of them
 SAMPLE_NOISE, TARGET_NOISE = 1, 2         # random streams of a seed
 
 
@@ -46,8 +47,9 @@ class Matching(NamedTuple):
 def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory=None):
     """Algorithm 2: move each picture of x until L = ‖φ(x) − φ_c‖² is at most `tol` times its first value.
 
-    x: (N, C, H, W). phi_c: (N, d) or (1, d). memory: a fresh `Memory`, or None for the algorithm as printed.
-    Returns each picture where its L was least, and a `Matching`. Each picture stops for itself.
+    x: (N, C, H, W). phi_c: (N, d) or (1, d). memory: a fresh `Memory`, or None for plain gradient steps.
+    Unlike the printed loop it limits the length of a step, and returns each picture where its L was least;
+    and a `Matching`. Each picture stops for itself.
 
     As printed, ∇L = (φ_c − φ(x))ᵀ∇φ is subtracted, which climbs; the gradient is 2 (φ(x) − φ_c)ᵀ∇φ. The paper
     leaves the learning rate open. Here η = L/‖∇L‖², Polyak's for a loss whose least value is 0: it needs no
@@ -62,8 +64,8 @@ def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory
         if iteration == 0:
             first, least, best = loss, loss, x.detach()
         best = torch.where(per_picture(loss < least), x.detach(), best)
-        least = torch.minimum(loss, least)
-        unmet = least > tol * first                       # (N,)
+        least = torch.fmin(loss, least)
+        unmet = ~(least <= tol * first)                   # (N,); a loss that is not a number is not met
         if iteration == max_gradients or not unmet.any():
             return best, Matching(first, least, gradients, ~unmet)
 
@@ -80,7 +82,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory
 
 
 def limit(step, rms=0.1):
-    """The step, cut to a root mean square of 0.1: longer ones leave the region where φ is nearly linear."""
+    """The step, shortened to a root mean square of 0.1: φ is not nearly linear over longer ones."""
     length = (square_norm(step) / step[0].numel()).sqrt()
     factor = (rms / length).clamp(max=1)
     return step * per_picture(factor)
@@ -114,13 +116,13 @@ def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_gr
                 accelerate=True, progress=lambda *_: None):
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
-    target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
-    sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2, made
-    fast by `Memory` if `accelerate`. Returns the samples and a list of `Level`. Lines are counted from "Draw".
+    target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,). sigmas: σ_T
+    > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2, made fast by
+    `Memory` if `accelerate`. Returns the samples and a list of `Level`. Lines are counted from "Draw".
 
     As printed, the last step, from σ_0, is made without matching. A full step x + s(x) is the posterior mean,
-    which contracts: for Gaussian data of variance λ (and no matching) the variance obeys
-    v ← (λ/(λ + σ_t²))² v + σ²_{t−1} and ends below λ.
+    which contracts: for Gaussian data of variance λ (and no matching) the variance obeys v ← (λ/(λ + σ_t²))²
+    v + σ²_{t−1} and ends below λ.
     """
     levels = []
     z = noise(shape, generators, mean.device)
@@ -182,7 +184,8 @@ def target_phi(model, target, draws=1, generator=None):
 def around(model, checkpoint, targets, samples, sigmas, seed=0, draws=1, **options):
     """Algorithm 1 around several targets at once: [samples (S, C, H, W)] in their order, and the levels.
 
-    targets: a list of `Target`. options, levels: as for `reconstruct`; the rows of the first target come first.
+    targets: a list of `Target`. options, levels: as for `reconstruct`; the rows of the first target come
+    first.
     """
     device = targets[0].pictures.device
     conditions, generators = [], []
@@ -257,7 +260,7 @@ def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
     integrand, matched = [], []
     for sigma in sigmas.tolist():
-        y = torch.cat([x1 + sigma * z, x2 + sigma * z])                        # of p₁, of p₂: (2·draws, C, H, W)
+        y = torch.cat([x1 + sigma * z, x2 + sigma * z])   # (2·draws, C, H, W): first of p₁, then of p₂
         phi_c = torch.cat([phi_1(sigma), phi_2(sigma)]).repeat_interleave(len(y), 0)
         y = y.repeat(2, 1, 1, 1)                                               # to be told φ₁, φ₂
         x, matching = guidance_step(model, y, phi_c, tol, max_gradients, Memory())
@@ -289,11 +292,11 @@ def integrate(v, sigmas):
 class Memory:
     """The last steps ΔX of a `guidance_step`, and the changes ΔΦ of φ that they caused.
 
-    φ is nearly linear over a few short steps. So the combination ΔX c of them that removes most of
-    r = φ(x) − φ_c is taken back at once, without a gradient (Anderson acceleration, as in GMRES), and the
-    gradient step works on what is left. c minimises ‖r − ΔΦ c‖² + λ ‖ΔX c‖². The second term keeps the walk
-    short: without it pictures go up to twice as far as by plain steps, and their noise changes (README:
-    sampling). Plain steps need twice as many gradients.
+    φ is nearly linear over a few short steps. So the combination ΔX c of them that removes most of r = φ(x) −
+    φ_c is taken back at once, without a gradient (Anderson acceleration, as in GMRES), and the gradient step
+    works on what is left. c minimises ‖r − ΔΦ c‖² + λ ‖ΔX c‖². The second term keeps the walk short: without
+    it pictures go up to twice as far as by plain steps, and their noise changes. Plain steps need twice as
+    many gradients.
     """
 
     SIZE = 12           # steps farther back are no longer linear

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 
-# Random streams: every use of chance has one of its own, so that nothing depends on what was drawn before
+# Names of random streams, so that nothing depends on what was drawn before
 NOISE, ORDER, EVALUATION, HELD_OUT = 1, 2, 3, 4
 
 
@@ -60,24 +60,24 @@ def noisy_batch(pictures_x, rows, step, seed, sigma_max, device):
 
 
 def training_step(model, optimizer, x, y, batch, micro_batch, skips_closed=False, precision="fp32"):
-    """One step of Adam on Eq. 1, the same on all processes: its loss, the mean of ‖x − x̂(y)‖² (pixels²).
+    """Make one step of Adam on Eq. 1, the same on all processes; returns the batch's mean of ‖x − x̂(y)‖².
 
     x, y: (B, C, H, W), this process's share of the global batch of `batch` pictures, computed `micro_batch`
     at a time. skips_closed: the decoder's weights on the skips stay as they are.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses = x.new_zeros(0)
+    losses = []
     for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch)):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             x_hat = model(y_part)
         loss = (x_hat.float() - x_part).square().sum((1, 2, 3))                # ‖x − x̂(x_σ)‖², Eq. 1
         (loss.sum() / batch).backward()
-        losses = torch.cat([losses, loss.detach()])
-    total = over_processes(losses.sum().item(), x.device)
+        losses.append(loss.detach().sum().item())
+    total = over_processes(sum(losses), x.device)
     if dist.is_initialized():
         add_gradients(model)
     centralise(model)
-    if skips_closed:
+    if skips_closed:                           # what is left of these gradients is not centred
         for weight in first_decoder_weights(model):
             skip_part(weight.grad).zero_()
     optimizer.step()
@@ -98,15 +98,15 @@ def centralise(model):
 
 
 def warm_up(epochs):
-    """The part of a run in which Adam's step grows and the skips are closed: a tenth; of the paper's, 1 %."""
+    """The part of a run in which the step size grows and the skips are closed: 1 % of the paper's, else 10 %."""
     return 0.01 if epochs >= 1000 else 0.1
 
 
 def learning_rate(fraction, epochs):
     """Adam's step size after a fraction of a run of `epochs`; during the warm-up it grows from a thousandth.
 
-    A.3, for runs of its 1000 epochs or more: 1e-3, halved every tenth. Shorter runs, which that would starve:
-    1e-3 falling linearly to 0 at the end.
+    Runs of at least 1000 epochs follow A.3: 1e-3, halved every tenth of the run. Halving starves shorter
+    runs; theirs falls linearly to 0.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
     if epochs >= 1000:
@@ -142,7 +142,7 @@ def initialise(model, y, mean):
     the size of the first gradients for a thousand steps.
     """
     def whiten(module, inputs, out):           # a forward hook: what it returns is the module's output
-        scale, mu = 1 / out.std((0, 2, 3)).clamp_min(1e-3), out.mean((0, 2, 3))
+        mu, scale = out.mean((0, 2, 3)), 1 / out.std((0, 2, 3)).nan_to_num().clamp_min(1e-3)
         module.bias.copy_((module.bias - mu) * scale)
         if isinstance(module, nn.GroupNorm):
             module.weight.mul_(scale)
@@ -163,7 +163,7 @@ def initialise(model, y, mean):
 
 
 def untrained_network(checkpoint, x, seed):
-    """The network of a checkpoint before its training, from another seed: what a null that learnt nothing is.
+    """The network of a checkpoint as before its training, from another seed: a null that has learnt nothing.
 
     x: (N, C, H, W), pictures for the data-dependent pass, with noise as in training.
     """
@@ -203,11 +203,11 @@ def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=F
     step, losses, stopping, saved_at = training.first_step, [], False, time.monotonic()
     progress = Progress(step / steps)
     while step < steps and not stopping:
-        # a batch, noisy: x + σz with p(σ) ∝ 1/√σ. It depends on (seed, step) alone: runs can be resumed
+        # A noisy batch x + σz with p(σ) ∝ 1/√σ. It depends only on (seed, step): a resumed run sees the same.
         rows = batch_rows(training.rows, step, batch, seed)
         x, y, _ = noisy_batch(training.pictures.x, rows, step, seed, settings["sigma_max"], training.device)
 
-        # a step of Adam on ‖x − x̂(y)‖²; during the warm-up the decoder sees nothing but M
+        # A step of Adam on ‖x − x̂(y)‖²; during the warm-up the decoder sees nothing but M.
         fraction = step / steps
         optimizer.param_groups[0]["lr"] = learning_rate(fraction, epochs)
         closed = fraction < warm_up(epochs) and skips_are_closed(model)
@@ -220,7 +220,7 @@ def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=F
                             "another --seed, or --precision fp32")
         progress(step / steps, f"{training.rate(step):.0f} pictures/s  loss {loss:.1f}")
 
-        # now and then, at the end, and when asked to stop: is it learning, and through M? Then save.
+        # At intervals, at the end and when asked to stop: is it learning, and through M? Save.
         stopping = any_process(stop_requested(), training.device)
         interval = save_every or training.save_interval(step)
         if step == steps or stopping or time.monotonic() - saved_at > interval:
@@ -275,7 +275,8 @@ def prepare(settings, out, device, resume, micro_batch):
     torch.manual_seed(seed)                    # the same weights on every process
     model, optimizer = new_network(settings, device)
     if resume:
-        checkpoint = resume
+        checkpoint = {name: value for name, value in resume.items() if name != "sha256"}
+        checkpoint.setdefault("run", os.urandom(8).hex())
         restore(model, optimizer, resume, out)
     else:
         checkpoint = dict(
@@ -290,6 +291,9 @@ def prepare(settings, out, device, resume, micro_batch):
             dist.broadcast(p.data, 0)
     pictures_to_see = settings["pictures"] or settings["epochs"] * len(rows)
     steps = math.ceil(pictures_to_see / batch)
+    if checkpoint["step"] > steps:
+        seen = checkpoint["step"] * batch
+        raise UserError(f"{out}: has seen {seen:,} pictures already, more than that budget")
     share = share_of_batch(batch)
     largest = micro_batch or fitting_micro_batch(settings, device)
     return Training(
@@ -308,7 +312,7 @@ def new_network(settings, device):
 
 def restore(model, optimizer, checkpoint, path):
     """Weights and Adam's state from a checkpoint, in place. UserError if they are another network's."""
-    with explain(path, "cannot be gone on with"):
+    with explain(path, "cannot be resumed"):
         model.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         for p in model.parameters():
@@ -447,8 +451,8 @@ def say_measured(numbers):
     psnr_text = " ".join(f"{value:.1f}" for value in numbers["psnr"].values())
     sigma = 0.5 if 0.5 in numbers["use"] else max(numbers["use"])
     use, error = numbers["use"][sigma], numbers["use_error"][sigma]
-    say(f"{numbers['pictures_seen']:,} pictures seen: PSNR {psnr_text} dB; use of M {use:.2f} ± {error:.2f} dB "
-        f"at σ {sigma:g}; cosine of φ {numbers['cosine']:.2f}")
+    say(f"{numbers['pictures_seen']:,} pictures seen: PSNR {psnr_text} dB; use of M {use:.2f} ± {error:.2f} "
+        f"dB at σ {sigma:g}; cosine of φ {numbers['cosine']:.2f}")
 
 
 def conclude(training, step):
@@ -666,7 +670,9 @@ def in_order(name):
 
 def is_synthetic(data):
     """Does --data name pictures that are computed? What exists on the disk is read."""
-    return data is None or (data == "disc" or data.startswith("calpha:")) and not os.path.exists(data)
+    if data is None:
+        return True
+    return (data == "disc" or data.startswith("calpha:")) and not os.path.exists(data)
 
 
 SKIPPED_FOLDERS = {"@eadir", "__macosx"}
@@ -883,20 +889,21 @@ def find_array(file):
                 shapes[name] = picture_shape(shape, dtype)
             except ValueError as error:
                 refused.append(f"{name} ({error})")
-    names = [name for name in ("data", "images", "x_train", "arr_0") if name in shapes] or list(shapes)
-    if not names:
+    known_names = [name for name in ("data", "images", "x_train", "arr_0") if name in shapes]
+    if not shapes:
         raise ValueError("no array of pictures: " + "; ".join(refused))
-    if len(names) > 1 and names == list(shapes):
-        raise ValueError(f"which are the pictures? {', '.join(names)}: name one of them `data`")
-    shape, class_names = shapes[names[0]], [None] * shapes[names[0]][0]
+    if len(shapes) > 1 and not known_names:
+        raise ValueError(f"which are the pictures? {', '.join(shapes)}: name one of them `data`")
+    name = (known_names or list(shapes))[0]
+    shape, class_names = shapes[name], [None] * shapes[name][0]
     with np.load(file, allow_pickle=False) as arrays:
         if "labels" in arrays:
             labels = arrays["labels"]
             if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
                 raise ValueError(f"labels must be {shape[0]} integers, not {labels.dtype} {labels.shape}")
             class_names = [str(label) if label >= 0 else None for label in labels]
-    say(f"reading {names[0]} of {file}: {shape[0]:,} pictures of {shape[2]}×{shape[1]}, {shape[3]} channels")
-    return ArrayFile(file, names[0], shape, class_names)
+    say(f"reading {name} of {file}: {shape[0]:,} pictures of {shape[2]}×{shape[1]}, {shape[3]} channels")
+    return ArrayFile(file, name, shape, class_names)
 
 
 def picture_shape(shape, dtype):
@@ -1004,10 +1011,11 @@ def join_groups(source, hashes, joins=True):
 
 
 def split(pictures, val=0.05, seed=0):
-    """Seeded split into (training, held-out) rows, 1 to 2,000; depends on the pictures and the seed alone.
+    """Split the rows into (training, held-out) by the seed and the pictures alone.
 
-    No group (tiles of one picture, exact duplicates) has members on both sides, and one larger than what is
-    to be held out stays in training. Raises UserError if that leaves none.
+    A share `val` is held out, at least one picture and at most 2,000. No group (tiles of one picture, exact
+    duplicates) has members on both sides; one that is larger stays in training, unless all are: then the
+    smallest is held out. Raises UserError if there is only one group.
     """
     members = group_members(pictures.groups, np.arange(len(pictures.x)), seed)
     if len(members) < 2:
@@ -1312,13 +1320,19 @@ def complete_settings(given, device, resume=None, path=""):
     replaces another.
     """
     chosen = {name: given[name] for name in COMMON | PAPER if given[name] is not None}
+    if given["pictures"] and given["epochs"]:
+        raise UserError("--pictures and --epochs: give one of them")
     no_budget = dict.fromkeys(BUDGETS) if chosen.keys() & set(BUDGETS) else {}
     if resume:
+        if given["preset"]:
+            raise UserError("--preset: a resumed run keeps its checkpoint's settings; leave it out")
+        if chosen.get("precision") == "auto":
+            del chosen["precision"]
         check_against(resume["flags"], chosen, path)
         return COMMON | resume["flags"] | no_budget | chosen
     data = chosen.get("data")
     preset = given["preset"] or ("paper" if device.type == "cuda" and not is_synthetic(data) else "small")
-    if preset == "small" and not given["preset"]:
+    if preset == "small" and not given["preset"] and os.environ.get("RANK", "0") == "0":
         say("small preset: 32×32, width 16, batch 32, 300,000 pictures to see; the paper's, --preset paper, "
             "is 64×64, width 64, batch 1024, 1000 epochs: weeks without a GPU")
     settings = COMMON | (PAPER if preset == "paper" else SMALL)
@@ -1340,7 +1354,7 @@ def check_against(saved, chosen, path):
     for name, value in chosen.items():
         longer = name in BUDGETS and (saved[name] or 0) <= value
         moved = name == "data" and saved[name] is not None                     # `prepare` compares them
-        if value != saved[name] and not longer and not moved and value != "auto":
+        if value != saved[name] and not longer and not moved:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: contradicts {path}, trained with {saved[name]}; leave it out "
                             "to go on, or give another --out")
@@ -1361,7 +1375,7 @@ def join_processes(device):
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
     if device.type == "mps":
         raise UserError("torchrun: processes cannot meet on mps; --device cpu, or start without torchrun")
-    import torch.distributed.nn.functional     # noqa: F401; imported later, by Adam, it keeps the group alive
+    import torch.distributed.nn.functional     # noqa: F401; imported later, it keeps the group alive
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1369,17 +1383,17 @@ def join_processes(device):
 
 def stop_on_signal(signals):
     """Ctrl-C, SIGTERM and a closed terminal append to the list `signals`: the run can save and end."""
-    def on_signal(number, _):
+    def on_signal(signal_number, _):
         if not signals:
             say("stopping after this step")
-        signals.append(number)
+        signals.append(signal_number)
         if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal_number, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)   # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:              # nohup
-            signal.signal(number, on_signal)
+        signal_number = getattr(signal, name, None)        # Windows has no SIGHUP
+        if signal_number and signal.getsignal(signal_number) != signal.SIG_IGN:            # nohup
+            signal.signal(signal_number, on_signal)
 
 
 def check_out(out, resume, force, data):

@@ -76,8 +76,9 @@ class UNet(nn.Module):
         self.width, self.channels, self.levels = width, channels, levels
         widths = [width * 2 ** k for k in range(levels + 1)]
         self.blocks, self.up = nn.ModuleDict(), nn.ModuleDict()
-        for k, (c, w) in enumerate(zip([channels, *widths], widths[:-1])):     # the very first layer has no
-            self.blocks[f"E{k + 1}"] = nn.Sequential(*layer(c, w, normalise=k > 0), *layer(w, w))      # norm
+        for k, (c, w) in enumerate(zip([channels, *widths], widths[:-1])):
+            # the very first layer has no LayerNorm
+            self.blocks[f"E{k + 1}"] = nn.Sequential(*layer(c, w, normalise=k > 0), *layer(w, w))
         c, w = widths[-2:]
         self.blocks["M"] = nn.Sequential(*layer(c, w), *layer(w, w), *layer(w, w))
         for k in reversed(range(levels)):
@@ -178,7 +179,7 @@ def phi(model, x, sigma, draws=1, generator=None):
 
 
 def fixed_phi(model, x, draws=20):
-    """φ at σ = 0.3, (N, d), always with the same noise: what distances between pictures are measured in."""
+    """φ at σ = 0.3, (N, d), with the same noise for a row in every call: distances are measured in this φ."""
     parts = [phi(model, part, 0.3, draws, seeded(x.device, 77, i)) for i, part in enumerate(x.split(256))]
     return torch.cat(parts)
 
@@ -207,10 +208,8 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if checkpoint.get("format") != FORMAT:
             raise ValueError(f"its format is {checkpoint.get('format')!r}, not {FORMAT!r}")
-        for entries, kinds in ((checkpoint, ENTRIES), (checkpoint["flags"], FLAGS)):
-            for name, kind in kinds.items():
-                if not isinstance(entries.get(name), kind):
-                    raise ValueError(f"{name} is missing or not of type {kind.__name__}")
+        check_entries(checkpoint, ENTRIES)
+        check_entries(checkpoint["flags"], FLAGS)
         weights = {name: weight.float() for name, weight in checkpoint["weights"].items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("there are weights that are not finite")
@@ -219,6 +218,13 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
     checkpoint["sha256"] = hashlib.sha256(data).hexdigest()
     return model.to(device).requires_grad_().eval(), checkpoint
+
+
+def check_entries(entries, kinds):
+    """Raises ValueError if a dict lacks an entry, or has one of another type."""
+    for name, kind in kinds.items():
+        if not isinstance(entries.get(name), kind):
+            raise ValueError(f"{name} is missing or not of type {kind.__name__}")
 
 
 def save_checkpoint(path, checkpoint):
@@ -239,8 +245,7 @@ class UserError(ValueError):
 def explain(path, what):
     """Reading a file of the user's: whatever a library finds wrong with it becomes a UserError.
 
-    It names the file, says `what` it is then ("not a picture") and gives the last line of the library's
-    words.
+    It names the file, says what is wrong (`what`, as "not a picture") and gives the library's last line.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -299,8 +304,8 @@ def run(main):
     """
     check_versions()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)                          # a second one gains a fifth, or halves the speed where
-                                                          # another program wants its core (results.md)
+        # a second thread gains a fifth, or halves the speed where another program wants its core (results.md)
+        torch.set_num_threads(1)
     if sys.stdout is None:                                # closed: python train.py >&-
         sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -350,10 +355,11 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (kind is float and value == low):       # NaN is in no range
-            raise argparse.ArgumentTypeError(f"{text}: must be {least} {low:g} and at most {high:g}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} {low:g}{most}")
         return value
 
     least = "above" if kind is float else "at least"
+    most = f" and at most {high:g}" if high < math.inf else ""
     parse.__name__ = "integer" if kind is int else "number"                    # argparse's name for it
     return parse
 
@@ -420,7 +426,8 @@ def duration(seconds):
 class Progress:
     """The status line: rewritten in place on a terminal, a plain line now and then elsewhere.
 
-    progress = Progress(begun); progress(fraction done, text). begun: what a run now resumed had done before.
+    progress = Progress(begun); progress(fraction done, text). begun: the fraction that earlier sessions had
+    done.
     """
 
     def __init__(self, begun=0.0):
