@@ -1,7 +1,7 @@
 """K-means by hand in torch, and how far apart clusters are (A: §2.5, App. B.3).
 
-    python kmeans.py figures/phi.npz --K 100       # analyze.py's -> clusters.npz
-    python kmeans.py points.npy --K 100            # any (n, d) array
+    python kmeans.py figures/phi.npz --K 100     # analyze.py's -> clusters.npz
+    python kmeans.py points.npy --K 100          # any (n, d) array
 
     from kmeans import KMeans
     labels = KMeans(100).fit(x).labels_            # x: (n, d), array or tensor

@@ -1,7 +1,7 @@
 """Draw pictures that share a target's φ: Algorithms 1, 2 (paper A: §3, App. C).
 
   python sample.py ckpt.pt cat.jpg                         # eight like it
-  python sample.py ckpt.pt                                 # four held-out targets
+  python sample.py ckpt.pt                            # four held-out targets
   python sample.py ckpt.pt --mix a.png b.png --weights 7 3 # .7 φ(a) + .3 φ(b)
   python sample.py ckpt.pt --cluster clusters.npz:7        # φ of a cluster
   python sample.py ckpt.pt --unconditional 16              # no target

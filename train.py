@@ -98,7 +98,7 @@ def centralise(model):
 
 
 def warm_up(epochs):
-    """The part of a run in which the step size grows and the skips are closed: 1 % of the paper's, else 10 %."""
+    """The part of a run in which the rate grows and the skips are closed: 1 % of the paper's, else 10 %."""
     return 0.01 if epochs >= 1000 else 0.1
 
 
