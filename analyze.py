@@ -1529,7 +1529,7 @@ CLAIMS = [
           "bedrooms"),
     Claim("φ-neighbours agree in class more than pixel-neighbours", "Fig. 5, 14",
           "neighbours.lead", 1, 0.02),
-    Claim("… than pixels minus their mean colour (our control)", "–",
+    Claim("φ-neighbours agree in class more than those by pixels minus mean colour", "our control",
           "neighbours.lead_colour", 1, 0.02),
     Claim("φ lies on a union of subspaces", "Fig. 5", "neighbours.subspaces", 1, 0.02, ALL,
           rule_text="energy of neighbours in their own three directions minus that in another group's"),
@@ -1543,11 +1543,11 @@ CLAIMS = [
           ALL, away_from_classes, "Rand index to random starts; at least that between these, "
           "{start_seeds:.2f}, minus 0.1, and that to the classes, {start_classes:.2f}"),
     Claim("specialised channels have heavier tails", "Fig. 13", "channels.kurtosis", -1, 0.1),
-    Claim("… and common channels are near-Gaussian", "§2.4, Fig. 13", "channels.contrast", 1, 0.5,
+    Claim("common channels are near-Gaussian", "§2.4, Fig. 13", "channels.contrast", 1, 0.5,
           "untrained", common_near_gaussian, "median |kurtosis − 3| is {near:.2f} for common channels "
           "(below 1), and by how much more for specialised ones"),
     Claim("specialised channels are sparser in space", "Fig. 13", "channels.spatial PR", 1, 0.1),
-    Claim("… and their maps have fewer dimensions", "Fig. 13", "channels.PCA dimension", 1, 0.1),
+    Claim("maps of specialised channels have fewer dimensions", "Fig. 13", "channels.PCA dimension", 1, 0.1),
     Claim("common channels are broadly tuned", "§2.4", "channels.tuning", 1, 0.1),
     Claim("common channels are the most stable to σ", "§2.4", "channels.stability", 1, 0.1),
     Claim("distance of φ strongly predicts the distance of densities", "Fig. 8", "embedding.rank", 1, 0.1,
@@ -1565,14 +1565,16 @@ CLAIMS = [
           "held-out", within("memorised", 0.95, 1.01),
           "cosine to the nearest training picture at the smallest N, at least 0.95",
           about_phi=False),
-    Claim("of a large one, training and held-out PSNR agree", "paper B, Fig. 1",
+    Claim("with a large training set, training and held-out PSNR agree", "paper B, Fig. 1",
           "generalisation.gap", -1, 0.1, "smallest-N", within("gap", -math.inf, 0.1),
           "mean difference in dB at the largest N, at most 0.1", about_phi=False),
-    Claim("two networks then draw the same", "paper B, Fig. 2", "generalisation.agreement", 1, 0.05,
+    Claim("two networks with large training sets draw the same", "paper B, Fig. 2",
+          "generalisation.agreement", 1, 0.05,
           "other-noise smallest-N", within("agreement", 0.8, 1.01),
           "cosine of samples from the same noise, at least 0.8",
           about_phi=False),
-    Claim("these samples are new", "paper B, Fig. 2", "generalisation.copies", -1, 0.05,
+    Claim("samples of a network with a large training set are new", "paper B, Fig. 2",
+          "generalisation.copies", -1, 0.05,
           "smallest-N", within("copies", -math.inf, 0.05),
           "cosine to the nearest training picture, minus that of held-out pictures; at most 0.05",
           about_phi=False),
@@ -2245,8 +2247,9 @@ def claims_table(paths):
     names = [record["checkpoint"]["name"] for record in records]
     rows = [["claim", *names], ["---" for _ in (0, *names)]]
     for claim in CLAIMS:
-        signs = [record["signs"].get(claim.text, "") for record in records]
-        rows.append([f"{claim.place}: {claim.text}", *signs])
+        signs = [record["signs"].get(claim.text, "–") for record in records]
+        if set(signs) != {"–"}:
+            rows.append([f"{claim.place}: {claim.text}", *signs])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -78,7 +78,14 @@ def python(*words):
 def settings_for(data, **changes):
     """The settings of a tiny run on `data`."""
     tiny = dict(
-        data=str(data), size=8, width=4, levels=1, batch=8, val=0.4, pictures=16, precision="fp32"
+        data=str(data),
+        size=8,
+        width=4,
+        levels=1,
+        batch=8,
+        val=0.4,
+        pictures=16,
+        precision="fp32",
     )
     return {**train.COMMON, **tiny, **changes}
 
@@ -218,7 +225,8 @@ def test_phi_is_the_mean_over_noise_of_the_averages_of_M(small):
     for _ in range(5):
         z = torch.randn(3, 16, 16, 3, generator=generator).permute(0, 3, 1, 2)
         total = (
-            total + independent_forward(small, x + sigma.view(3, 1, 1, 1) * z)[1].mean((2, 3)) / 5
+            total
+            + independent_forward(small, x + sigma.view(3, 1, 1, 1) * z)[1].mean((2, 3)) / 5
         )
     assert code.shape == (3, 16) and not code.requires_grad and gap(code, total) < 1e-5
 
@@ -293,7 +301,10 @@ def test_write_is_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="could not be written .full"), unet.write(path) as file:
         raise OSError(28, "Full")
-    assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["a.json", "link.json"]
+    assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == [
+        "a.json",
+        "link.json",
+    ]
     assert link.is_symlink()  # followed, not replaced
 
 
@@ -303,7 +314,11 @@ def test_write_is_whole_or_not_at_all(tmp_path):
         (UserError("--x 3: no\udcff"), 2, "--x 3: no\\udcff\n"),
         (KeyboardInterrupt(), 130, ""),
         (MemoryError("50 GB"), 2, "out of memory; smaller settings need less (50 GB)\n"),
-        (OSError(28, "No space left on device", "a.png"), 2, "a.png: No space left on device\n"),
+        (
+            OSError(28, "No space left on device", "a.png"),
+            2,
+            "a.png: No space left on device\n",
+        ),
     ],
 )
 def test_one_way_to_end(trouble, code, words, monkeypatch, capsys):
@@ -319,7 +334,9 @@ def test_one_way_to_end(trouble, code, words, monkeypatch, capsys):
         unet.run(main)
     shown = capsys.readouterr().err
     assert (
-        ended.value.code == code and shown in ("", f"x.py: {words}") and bool(shown) == bool(words)
+        ended.value.code == code
+        and shown in ("", f"x.py: {words}")
+        and bool(shown) == bool(words)
     )
     with pytest.raises(ZeroDivisionError):
         unet.run(mistake)
@@ -527,6 +544,8 @@ def test_empty_clusters_and_repeats():
     for dtype in np.float32, np.float64:
         model = KMeans(4, starts).fit(points.astype(dtype))
         assert model.inertia_ == 0
+    model = KMeans(3, starts[:3], max_iter=1).fit(points)
+    assert model.cluster_centers_[:, 0].tolist() == [30, 101, 0]
     labels = kmeans.merge_repeats(torch.from_numpy(starts), torch.arange(4))
     assert labels.tolist() == [0, 1, 0, 0]
     with pytest.warns(UserWarning, match="only 2 of 4 clusters"):
@@ -714,7 +733,9 @@ def test_sigma_distribution():
     )
     z = (y - x) / sigma
     assert (
-        gap(x, torch.full_like(x, 0.2)) < 1e-6 and abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+        gap(x, torch.full_like(x, 0.2)) < 1e-6
+        and abs(z.mean()) < 0.02
+        and abs(z.std() - 1) < 0.02
     )
 
 
@@ -900,10 +921,14 @@ def test_resume_after_a_kill_or_a_signal_is_exact(shelf, whole, cli, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", rate)
         code, text = cli(words + "stopped.pt")
-    assert code == 128 + signal.SIGTERM and "stopped after 10 steps" in text and "--resume" in text
+    assert (
+        code == 128 + signal.SIGTERM and "stopped after 10 steps" in text and "--resume" in text
+    )
     for name in ("killed", "stopped"):
         resume = f"train.py --out {tmp_path}/{name}.pt --resume --device cpu"
-        assert "complete after 22 steps" in cli(resume)[1] and "already complete" in cli(resume)[1]
+        assert (
+            "complete after 22 steps" in cli(resume)[1] and "already complete" in cli(resume)[1]
+        )
         assert gap(weights(whole), weights(tmp_path / f"{name}.pt")) == 0
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         assert json.loads(lines[0])["step"] == 1 and json.loads(lines[-1])["step"] == 22
@@ -1018,7 +1043,8 @@ def test_settings_fit_the_machine():
 
     def shape(settings):
         return [
-            settings[name] for name in ("size", "width", "levels", "batch", "epochs", "pictures")
+            settings[name]
+            for name in ("size", "width", "levels", "batch", "epochs", "pictures")
         ]
 
     paper, small = [64, 64, 3, 1024, 1000, None], [32, 16, 2, 32, None, 300_000]
@@ -1075,7 +1101,11 @@ def test_the_untrained_network_is_the_start_of_a_training(shelf):
 def test_odd_pictures(tmp_path, capsys):
     # formats, modes, transparency, orientation: right colours; what cannot be used is told in a line
     red, gray, white, size = (200, 40, 40), (51,) * 3, (255,) * 3, (40, 24)
-    folder, flat, clear = tmp_path / "Class A", Image.new("RGB", size, red), Image.new("P", size, 0)
+    folder, flat, clear = (
+        tmp_path / "Class A",
+        Image.new("RGB", size, red),
+        Image.new("P", size, 0),
+    )
     folder.mkdir()
     clear.putpalette([0, 0, 0] * 256)
     upright, exif, bad_exif = (
@@ -1089,7 +1119,11 @@ def test_odd_pictures(tmp_path, capsys):
         "a.JPEG": (flat, red, dict(quality=95)),
         "b.png": (flat.quantize(4), red, {}),
         "c.Jpg": (flat.convert("CMYK"), red, dict(quality=95)),
-        "d.PNG": (Image.new("RGBA", size, (*red, 51)), (244, 212, 212), {}),  # a fifth over white
+        "d.PNG": (
+            Image.new("RGBA", size, (*red, 51)),
+            (244, 212, 212),
+            {},
+        ),  # a fifth over white
         "e.gif": (clear, white, dict(transparency=0)),
         "f.png": (sixteen_bits, gray, {}),
         "g.jfif": (Image.new("L", size, 51), gray, dict(format="jpeg")),
@@ -1113,7 +1147,10 @@ def test_odd_pictures(tmp_path, capsys):
     colours = [(0, 0, 255), *(colour for _, colour, _ in files.values() if colour)]
     for x, colour, path in zip(pictures.x, colours, pictures.paths):
         assert np.abs(x.astype(int) - np.array(colour)).max() <= 6, path
-    assert np.abs(pictures.x[10][:7].astype(int) - red).max() <= 3 and pictures.x[10][9:].max() <= 3
+    assert (
+        np.abs(pictures.x[10][:7].astype(int) - red).max() <= 3
+        and pictures.x[10][9:].max() <= 3
+    )
     for words in (
         "1 .txt",
         "1 .HEIC",
@@ -1127,7 +1164,8 @@ def test_odd_pictures(tmp_path, capsys):
     assert train.load_picture(folder / "i.png", 16).shape == (16, 16, 3)
     one_channel = train.load_pictures(str(tmp_path), size=16, channels=1).x
     assert (
-        one_channel.shape == (11, 16, 16, 1) and np.abs(one_channel[6].astype(int) - 51).max() <= 1
+        one_channel.shape == (11, 16, 16, 1)
+        and np.abs(one_channel[6].astype(int) - 51).max() <= 1
     )
 
 
@@ -1145,7 +1183,12 @@ def test_pictures_of_12_and_of_32_bits_are_noticed(tmp_path, capsys, largest, wa
 
 def test_classes_are_what_tells_pictures_apart(tmp_path):
     # train, val and images are no classes, nor is a folder in which all files lie
-    for name in ("train/cat/images/1.png", "train/dog/images/2.png", "val/cat/3.png", ".x/4.png"):
+    for name in (
+        "train/cat/images/1.png",
+        "train/dog/images/2.png",
+        "val/cat/3.png",
+        ".x/4.png",
+    ):
         save_picture(tmp_path / "all" / name, array(len(name), 8, 8))
     pictures = train.load_pictures(str(tmp_path), 8)
     assert pictures.classes == ["cat", "dog"] and pictures.labels.tolist() == [0, 1, 0]
@@ -1256,7 +1299,9 @@ def test_arrays(tmp_path, capsys):
         return train.load_pictures(str(tmp_path / name), *options)
 
     np.save(tmp_path / "colour.npy", x)
-    assert isinstance(load("colour.npy", 8).x, np.memmap) and (load("colour.npy", 8).x == x).all()
+    assert (
+        isinstance(load("colour.npy", 8).x, np.memmap) and (load("colour.npy", 8).x == x).all()
+    )
     assert (
         load("colour.npy", 4).x.shape == (20, 4, 4, 3)
         and len(load("colour.npy", 4, 3, True).x) == 80
@@ -1265,7 +1310,9 @@ def test_arrays(tmp_path, capsys):
         np.save(tmp_path / "gray.npy", gray)
         assert (load("gray.npy", 8, channels).x == x[..., :1]).all()
     np.savez(tmp_path / "several.npz", x_test=x[:3], masks=x[:3, ..., 0], x_train=x)
-    assert (load("several.npz", 8).x == x).all() and "reading x_train" in capsys.readouterr().out
+    assert (
+        load("several.npz", 8).x == x
+    ).all() and "reading x_train" in capsys.readouterr().out
     np.savez(tmp_path / "unclear.npz", one=x, two=x)
     np.save(tmp_path / "picture.npy", x[0])
     for name, words in (
@@ -1296,7 +1343,9 @@ def test_arrays(tmp_path, capsys):
 def test_builtin_pictures():
     # they are the same in every run, none is blank, all classes are as frequent
     x, labels, classes = train.builtin_pictures(100, 32, 3)
-    assert len(x) == 100 and np.bincount(labels).tolist() == [100 // len(classes)] * len(classes)
+    assert len(x) == 100 and np.bincount(labels).tolist() == [100 // len(classes)] * len(
+        classes
+    )
     assert (train.builtin_pictures(100, 32, 3)[0] == x).all() and min(
         np.ptp(picture) for picture in x
     ) > 40
@@ -1500,7 +1549,9 @@ def test_unconditional_sampler_has_the_moments_of_its_closed_form():
     x, steps = draw(2000)
     assert (steps < 2000).all() and len(steps.unique()) > 1
     assert abs(x.var() / model.lam - 1) < 0.1 and abs(x.mean() - 0.3) < 0.01
-    assert sample.noise_level(model.score(x)).max() < 0.02  # at the end all of the score was added
+    assert (
+        sample.noise_level(model.score(x)).max() < 0.02
+    )  # at the end all of the score was added
     first = steps.argmin()  # each ends by itself
     n = steps[first]
     assert gap(draw(n)[0][first], x[first]) < 1e-6 < gap(draw(n - 1)[0][first], x[first])
@@ -1523,10 +1574,15 @@ def test_samples_stand_around_their_target():
         distance = (y - target.pictures).mean((2, 3)).norm(dim=1)
         assert max(shared["phi_distance"]) < 0.2  # to the other one it is 1.4
         assert gap(shared["phi_distance"], distance) < 0.05
-        assert gap(shared["phi_distance"], 2 * torch.tensor(shared["phi_distance_relative"])) < 1e-6
+        assert (
+            gap(shared["phi_distance"], 2 * torch.tensor(shared["phi_distance_relative"]))
+            < 1e-6
+        )
         correlation = np.corrcoef(torch.cat([y, target.pictures]).flatten(1))
         assert gap(shared["correlation_with_target"], correlation[:3, 3]) < 1e-5
-        assert gap(shared["correlation_between_samples"], correlation[[0, 0, 1], [1, 2, 2]]) < 1e-5
+        assert (
+            gap(shared["correlation_between_samples"], correlation[[0, 0, 1], [1, 2, 2]]) < 1e-5
+        )
 
 
 def test_a_sample_depends_on_its_seed(small):
@@ -1586,14 +1642,18 @@ def test_integrate_is_exact_for_powers():
         exact = -math.log(0.2) if p == -1 else (1 - 0.2 ** (p + 1)) / (p + 1)
         area = sample.integrate(torch.stack([s**p, 2 * s**p], 1), s)
         assert area.tolist() == pytest.approx([exact, 2 * exact])
-    assert sample.integrate(torch.zeros(5, 1).double(), s).item() == pytest.approx(0, abs=1e-200)
+    assert sample.integrate(torch.zeros(5, 1).double(), s).item() == pytest.approx(
+        0, abs=1e-200
+    )
 
 
 def test_panel_has_the_target_in_its_middle():
     # samples stand around it in their order; four pictures of a target share the middle
     samples = torch.linspace(0, 1, 8).view(8, 1, 1, 1).expand(8, 3, 8, 8)
     gray = [round(255 * k / 7) for k in range(8)]
-    sheet = np.asarray(sample.panel(samples, torch.ones(1, 3, 8, 8), side=32))[20::40, 20::40, 0]
+    sheet = np.asarray(sample.panel(samples, torch.ones(1, 3, 8, 8), side=32))[
+        20::40, 20::40, 0
+    ]
     assert sheet.flatten().tolist() == [*gray[:4], 255, *gray[4:]]
     sheet = np.asarray(sample.panel(samples[:4], samples[4:], side=32))[40:80, 40:80, 0]
     assert sheet[12::16, 12::16].flatten().tolist()[:2] == gray[4:6]
@@ -1648,7 +1708,9 @@ def test_sample_record(shelf, record, tmp_path):
     model, checkpoint = load_checkpoint(shelf / "c.pt")
     names, unit = ["dark.png", "light.png"], checkpoint["training"]["phi_distance"]
     targets = [sample.Target(name, one_picture(shelf / name)) for name in names]
-    samples, _ = sample.around(model, checkpoint, targets, 2, numbers["sigmas"], max_gradients=3)
+    samples, _ = sample.around(
+        model, checkpoint, targets, 2, numbers["sigmas"], max_gradients=3
+    )
     for j, shared in enumerate(numbers["panels"]):
         distances = np.array(shared["phi_distance"])
         assert shared["target"].endswith(names[j])
@@ -1756,8 +1818,13 @@ def test_sample_targets_are_held_out(tiles):
 def test_sample_targets_are_cut_as_in_training(tiles, tmp_path):
     # where training cut tiles, the target is the central one, or the one that a cluster names
     row, x = tiles.training[0], np.asarray(Image.open(tmp_path / "data" / "03.png"))
-    np.savez(tmp_path / "k.npz", labels=np.array([3]), paths=np.array([tiles.pictures.paths[row]]))
-    for words, tile in ("data/03.png", x[6:14, 6:14]), ("--cluster k.npz:3", tiles.pictures.x[row]):
+    np.savez(
+        tmp_path / "k.npz", labels=np.array([3]), paths=np.array([tiles.pictures.paths[row]])
+    )
+    for words, tile in ("data/03.png", x[6:14, 6:14]), (
+        "--cluster k.npz:3",
+        tiles.pictures.x[row],
+    ):
         _, _, drawn = tiles.targets(words)
         assert gap(drawn[0].pictures[0].permute(1, 2, 0) * 255, tile.astype(float)) < 1e-3
     code, text, _ = tiles.targets("data/03.png --out data/new.png")
@@ -1873,10 +1940,14 @@ def test_statistics_by_hand():
 def test_standard_errors():
     # errors are over groups, over pairs that share members, and a bootstrap's are those of theory
     assert analyze.estimate([1, 2, 3]) == pytest.approx((2, 1 / math.sqrt(3)))
-    assert analyze.estimate([1, 2, 3] * 2, [7, 5, 6] * 2) == pytest.approx((2, 1 / math.sqrt(3)))
+    assert analyze.estimate([1, 2, 3] * 2, [7, 5, 6] * 2) == pytest.approx(
+        (2, 1 / math.sqrt(3))
+    )
     assert math.isnan(analyze.estimate([1, 2], [0, 0]).error)
     members, pairs = normal(4000, 15).numpy(), np.transpose(np.tril_indices(15, -1))
-    sums = members[:, pairs].sum(2)  # 4000 draws of 105 pairs, each the sum of its members' values
+    sums = members[:, pairs].sum(
+        2
+    )  # 4000 draws of 105 pairs, each the sum of its members' values
     errors = np.array([analyze.pairs_error(values, pairs) for values in sums[:200]])
     assert np.sqrt((errors**2).mean()) == pytest.approx(sums.mean(1).std(), rel=0.15)
 
@@ -2010,7 +2081,9 @@ def test_sparsity_of_a_hand_set_network():
     model.up["D2"].bias.data = torch.tensor([2.0, 2, 2, 2])
     model.blocks["D2"][-2].bias.data = torch.tensor([3.0, 1, 0, 0])
     study = study_of(torch.tensor([[1.0, 1, 0, 0, 0, 0, 0, 0]] * 8), model=model, draws=2)
-    study.untrained = [study.network] * 3  # the same network "before training": nothing was learnt
+    study.untrained = [
+        study.network
+    ] * 3  # the same network "before training": nothing was learnt
     verdicts, numbers = judged(study, "sparsity")
     for block, before, after in (
         ("E2", 1 / 2, 1),
@@ -2117,7 +2190,9 @@ def test_neighbours_of_planted_subspaces():
     assert numbers["chance"] == pytest.approx(39 / 119)
     assert abs(numbers["agreement, pixels"].value - 1 / 3) < 0.12
     assert set(labels[numbers["nearest in φ"][0]]) == {labels[numbers["groups"][0, 0]]}
-    same = study_of(code, [{0.3: code}] * 3, labels=labels)  # the untrained network does as well
+    same = study_of(
+        code, [{0.3: code}] * 3, labels=labels
+    )  # the untrained network does as well
     assert set(judged(same, "neighbours")[0].values()) == {"fails"}
     for labels in (
         None,
@@ -2141,7 +2216,9 @@ def test_clusters_beside_classes():
     assert numbers["seeds"] == numbers["at_next_sigma"].value == 1
     assert numbers["ratio"].value == pytest.approx(8 * 2**0.5, 0.15)
     assert numbers["least"] > 4 and numbers["classes"].ratio.value < 1
-    assert numbers["start"].value > 0.3 > numbers["start_classes"] + 0.2  # away from the classes
+    assert (
+        numbers["start"].value > 0.3 > numbers["start_classes"] + 0.2
+    )  # away from the classes
     assert list(verdicts.values())[:3] == ["holds"] * 3
     same = study_of(codes, random_codes(), clusters=6, labels=np.arange(120) % 6)
     verdicts, numbers = judged(same, "clusters")  # classes are clusters
@@ -2195,7 +2272,9 @@ def test_map_statistics_of_all_maps():
         size, pr = v.mean(1), v.sum(1).square() / (20 * v.square().sum(1))
         assert spatial[c] == pytest.approx((size * pr).sum() / size.sum())
         eigenvalues = torch.linalg.eigvalsh(torch.cov(v.T))
-        assert dimension[c] == pytest.approx(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
+        assert dimension[c] == pytest.approx(
+            eigenvalues.sum() ** 2 / eigenvalues.square().sum()
+        )
 
 
 def test_tuning_is_beyond_a_gray_field(monkeypatch):
@@ -2217,7 +2296,8 @@ def test_tuning_is_beyond_a_gray_field(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "power, rank, log_ratio", [(1, "holds", "holds"), (4, "holds", "fails"), (-1, "fails", "fails")]
+    "power, rank, log_ratio",
+    [(1, "holds", "holds"), (4, "holds", "fails"), (-1, "fails", "fails")],
 )
 def test_embedding_of_known_laws(monkeypatch, power, rank, log_ratio):
     # d² is compared with the distance of φ of the same pair, at the largest σ
@@ -2236,7 +2316,10 @@ def test_embedding_of_known_laws(monkeypatch, power, rank, log_ratio):
     study = study_of(normal(60, 3), pairs=30)
     numbers = analyze.embedding(study, study.network)
     nulls = {"untrained": [{"rank": 0.1, "log_ratio": 9.0}], **numbers["nulls"]}
-    assert verdicts_by_key("embedding", numbers, nulls) == {"rank": rank, "log_ratio": log_ratio}
+    assert verdicts_by_key("embedding", numbers, nulls) == {
+        "rank": rank,
+        "log_ratio": log_ratio,
+    }
     assert numbers["rank"].value == pytest.approx(np.sign(power))
     assert numbers["percentiles"] <= numbers["B"] / numbers["A"] + 1e-9
 
@@ -2372,7 +2455,9 @@ def test_phi_without_structure_confirms_nothing(shelf, quick, monkeypatch, tmp_p
     study.out, study.alive = str(tmp_path), analyze.Alive({}, 0.5, 0, "")
     rng = np.random.default_rng(0)
     study.labels = rng.integers(0, 4, 80)
-    codes = {sigma: torch.from_numpy(rng.gamma(0.4, size=(80, 8))).float() for sigma in (0.3, 0.1)}
+    codes = {
+        sigma: torch.from_numpy(rng.gamma(0.4, size=(80, 8))).float() for sigma in (0.3, 0.1)
+    }
     study.network = study.network._replace(phi=codes)
     names = list(analyze.ANALYSES)
     names = names[: names.index("reconstruction")]
@@ -2417,7 +2502,12 @@ def list_of_verdicts(analysis, numbers):
 
 @pytest.mark.parametrize(
     "lead, spread, verdict",
-    [(0.0, 0.01, "holds"), (0.3, 0.01, "fails"), (-0.3, 0.01, "fails"), (0.3, 1, "not comparable")],
+    [
+        (0.0, 0.01, "holds"),
+        (0.3, 0.01, "fails"),
+        (-0.3, 0.01, "fails"),
+        (0.3, 1, "not comparable"),
+    ],
 )
 def test_denoising_of_training_and_held_out_pictures(monkeypatch, lead, spread, verdict):
     # the gap is that of training and held-out PSNR; its error counts groups, not tiles
@@ -2810,6 +2900,7 @@ def test_readme_is_short():
 @pytest.mark.parametrize(
     "name, code_sum, largest, psnr",
     [
+        ("builtin", 25.8694, 3.6439, 25.1410),
         ("textures", 26.7802, 1.9741, 18.8928),
         ("photos", 37.0419, 1.3265, 22.0760),
         ("faces", 54.6726, 1.1326, 22.8321),
