@@ -38,6 +38,10 @@ from torch import nn
 NOISE, ORDER, EVALUATION, HELD_OUT = 1, 2, 3, 4
 
 
+PAPER = dict(size=64, width=64, batch=1024, epochs=1000.0)                     # A.1 – A.3: with Adam at 1e-3
+SMALL = dict(size=32, width=16, batch=32, pictures=300_000)                    # 20 to 40 minutes on one core
+
+
 # Eq. 1 and A.3, Training: noise, loss, step, rate
 
 def draw_sigma(n, sigma_max, generator, device):
@@ -1275,8 +1279,6 @@ def stretched(field):
 
 # Command line
 
-PAPER = dict(size=64, width=64, batch=1024, epochs=1000.0)                     # A.1 – A.3
-SMALL = dict(size=32, width=16, batch=32, pictures=300_000)               # half an hour or so on a core
 COMMON = dict(data=None, channels=3, levels=None, patches=False, val=0.05, seed=0, subset=None, limit=None,
               sigma_max=1.0, precision=None, epochs=None, pictures=None)
 BUDGETS = "pictures", "epochs"
@@ -1333,8 +1335,8 @@ def complete_settings(given, device, resume=None, path=""):
     data = chosen.get("data")
     preset = given["preset"] or ("paper" if device.type == "cuda" and not is_synthetic(data) else "small")
     if preset == "small" and not given["preset"] and os.environ.get("RANK", "0") == "0":
-        say("small preset: 32×32, width 16, batch 32, 300,000 pictures to see; the paper's, --preset paper, "
-            "is 64×64, width 64, batch 1024, 1000 epochs: weeks without a GPU")
+        say("small preset: 32×32 pictures, width 16, batch 32. The paper's, --preset paper: 64×64, width 64, "
+            "batch 1024, 1000 epochs, which is weeks without a GPU")
     settings = COMMON | (PAPER if preset == "paper" else SMALL)
     if data and is_synthetic(data):
         settings["channels"] = 1
