@@ -349,7 +349,8 @@ def adjusted_rand_index(a, b):
         sizes = np.unique(labels, axis=0, return_counts=True)[1]
         return float((sizes * (sizes - 1) / 2).sum())
 
-    in_a, in_b, in_both = pairs(a), pairs(b), pairs(np.stack([a, b], 1))
+    in_a, in_b = pairs(a), pairs(b)
+    in_both = pairs(np.stack([a, b], 1))
     chance = in_a * in_b / max(math.comb(len(a), 2), 1)
     if in_a == in_b == chance:                            # one group, or every point a group
         return 1.0
@@ -362,7 +363,8 @@ def gaussian_like(code, seed):
     stream = np.random.SeedSequence((seed, 18)).generate_state(1)[0]           # 18: unlike any other's
     generator = torch.Generator().manual_seed(int(stream))
     z = torch.randn(code.shape, generator=generator, dtype=code.dtype)
-    values, vectors = torch.linalg.eigh(torch.cov(code.T))
+    covariance = torch.cov(code.T)                        # (d, d)
+    values, vectors = torch.linalg.eigh(covariance)
     z = z * values.clamp(min=0).sqrt()                    # (n, d)
     return (code.mean(0) + z @ vectors.T).float()
 
@@ -414,7 +416,8 @@ def affinities(x, perplexity):
 
 def divergence_gradient(p, y):
     """∂/∂y of Σ p_ij log(p_ij/q_ij), q_ij ∝ 1/(1 + ‖y_i − y_j‖²); p (n, n), y (n, 2): (n, 2)."""
-    q = (1 / (1 + torch.cdist(y, y).square())).fill_diagonal_(0)               # (n, n)
+    d2 = torch.cdist(y, y).square()                       # (n, n)
+    q = (1 / (1 + d2)).fill_diagonal_(0)
     force = (p - q / q.sum()) * q
     return 4 * (force.sum(1, keepdim=True) * y - force @ y)
 

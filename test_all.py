@@ -546,7 +546,8 @@ def test_empty_clusters_and_repeats():
         assert model.inertia_ == 0
     model = KMeans(3, starts[:3], max_iter=1).fit(points)
     assert model.cluster_centers_[:, 0].tolist() == [30, 101, 0]
-    labels = kmeans.merge_repeats(torch.from_numpy(starts), torch.arange(4))
+    centers = torch.from_numpy(starts)
+    labels = kmeans.merge_repeats(centers, torch.arange(4))
     assert labels.tolist() == [0, 1, 0, 0]
     with pytest.warns(UserWarning, match="only 2 of 4 clusters"):
         KMeans(4).fit(points[[0, 1, 0, 3, 3]])
@@ -606,8 +607,9 @@ def test_separation_of_two_gaussians():
     b = b * torch.tensor([1, 2, 9]) + torch.tensor([3, 4, 0])
     distance, sd = kmeans.separation(a, b)
     variance = 0.6**2 * 1 + 0.8**2 * 4  # of b along (0.6, 0.8, 0); that of a is 1
-    assert distance == pytest.approx(5, abs=0.03)
-    assert sd == pytest.approx(math.sqrt((1 + variance) / 2), abs=0.01)
+    expected = math.sqrt((1 + variance) / 2)
+    assert abs(distance - 5) < 0.03
+    assert abs(sd - expected) < 0.01
 
 
 def test_pairs_of_groups():
@@ -615,7 +617,7 @@ def test_pairs_of_groups():
     labels = np.arange(-1, 7).repeat([8, 5, 6, 4, 9, 5, 5, 2])
     place = 3.0 ** np.arange(8)
     noise = 1e-3 * normal(len(labels), 1)
-    code = noise + torch.from_numpy(place)[labels, None]
+    code = noise + torch.from_numpy(place[labels, None])
     pairs = list(itertools.combinations([0, 1, 3, 4, 5], 2))
 
     def drawn(seed, *count):
@@ -945,6 +947,16 @@ def test_the_first_step_is_saved_if_the_run_is_stopped_in_it(shelf, tmp_path, ca
     train.train(run_settings(shelf), str(tmp_path / "a.pt"), stop_requested=lambda: True)
     assert load_checkpoint(tmp_path / "a.pt")[1]["step"] == 1
     assert "stopped after 1 steps, 7 pictures; go on with" in capsys.readouterr().out
+
+
+def test_skips_stay_closed_during_the_warm_up(shelf, tmp_path):
+    # after two steps of 22 the decoder sees nothing but M; at the end it sees the skips
+    stops = iter([False, True])
+    train.train(run_settings(shelf), str(tmp_path / "a.pt"), stop_requested=lambda: next(stops))
+    model, checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert checkpoint["step"] == 2 and train.skips_are_closed(model)
+    train.train(run_settings(shelf), str(tmp_path / "b.pt"))
+    assert not train.skips_are_closed(load_checkpoint(tmp_path / "b.pt")[0])
 
 
 LEAVING = """import sys, weakref, train
@@ -2105,6 +2117,34 @@ def test_sparsity_of_a_hand_set_network():
     assert set(verdicts.values()) == {"fails"}
     nothing = {null: [dict.fromkeys(numbers, 0.0)] * 2 for null in ("untrained", "shuffled")}
     assert set(verdicts_by_key("sparsity", numbers, nothing).values()) == {"holds"}
+
+
+def test_sparsity_of_several_blocks_is_that_of_the_one_that_goes_least():
+    # of decoder blocks the one that falls least counts, of encoder blocks the one that rises least
+    active = {
+        "E2": (1, 2),
+        "E3": (1, 4),
+        "M": (4, 1),
+        "D3": (2, 1),
+        "D2": (4, 1),
+    }  # of four channels
+
+    class Blocks:
+        """A network of which only these averages are known."""
+
+        def activations(self, y):
+            sides = {}
+            for block, (before, after) in active.items():
+                rows = [
+                    (torch.arange(4) < n).float().expand(len(y), 4) for n in (before, after)
+                ]
+                sides[block] = unet.Sides(*rows)
+            return sides
+
+    study = study_of(normal(8, 4).abs(), model=Blocks(), draws=1)
+    numbers = analyze.sparsity(study, study.network)
+    assert numbers["decoder"].value == pytest.approx(-1 / 4)
+    assert numbers["encoder"].value == pytest.approx(1 / 4)
 
 
 class Powers:
