@@ -141,8 +141,8 @@ def seed_centers(x, K, restarts, seed):
     norm, error = squares(x), rounding(x)
 
     def distances(points):                                # squared, from x[points] to all of x
-        size = norm[points, None] + norm                  # (len(points), n)
-        d2 = torch.addmm(size, x[points], x.T, alpha=-2)
+        d2 = norm[points, None] + norm                    # (len(points), n)
+        d2.addmm_(x[points], x.T, alpha=-2)
         return d2.masked_fill_(d2 < error[points, None] + error, 0)            # the same point
 
     first = torch.randint(n, (restarts,), generator=generator)
@@ -154,8 +154,8 @@ def seed_centers(x, K, restarts, seed):
         u = (1 - u.to(x.device)) * mass[:, -1:]           # in (0, ΣD²]
         candidates = torch.searchsorted(mass, u)          # (restarts, trials)
         d2 = distances(candidates.flatten()).view(restarts, trials, n)
-        potential = torch.minimum(d2, D2[:, None])        # D² if that candidate were taken
-        potential = potential.sum(2, dtype=torch.float64)
+        torch.minimum(d2, D2[:, None], out=d2)            # D² if that candidate were taken
+        potential = d2.sum(2, dtype=torch.float64)
         best = potential.argmin(1, keepdim=True)
         chosen.append(candidates.gather(1, best)[:, 0])
         D2 = torch.minimum(D2, distances(chosen[-1]))
@@ -405,12 +405,13 @@ def affinities(x, perplexity):
     d2 = d2 / d2.mean().clamp(min=1e-300)
     d2 = d2.fill_diagonal_(math.inf)                      # p(i | i) = 0
     entropy = math.log(min(perplexity, (n - 1) / 3))
-    log_beta, step = x.new_zeros(n, 1), 25.0              # p(j | i) ∝ exp(−β d²), β found by bisection
-    for _ in range(60):
+    low, high = x.new_full((n, 1), -50.0), x.new_full((n, 1), 50.0)
+    for _ in range(60):                                   # p(j | i) ∝ exp(−β d²), log β found by bisection
+        log_beta = (low + high) / 2
         p = torch.softmax(-d2 * log_beta.exp(), 1)
         too_wide = torch.special.entr(p).sum(1, keepdim=True) > entropy        # (n, 1)
-        log_beta = log_beta + torch.where(too_wide, step, -step)
-        step = step / 2
+        low = torch.where(too_wide, log_beta, low)
+        high = torch.where(too_wide, high, log_beta)
     return ((p + p.T) / (2 * n)).clamp(min=1e-12)
 
 
