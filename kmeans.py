@@ -250,7 +250,8 @@ class Bounds:
     For each point it keeps `distance`, the square of that to its centre, and `bound`, below which none of the
     others lies, both less ‖x‖². Centres that stand still are as far as they were: if the nearest of those
     that moved and of the point's last centre is within the bound, it is the nearest of all; for the few other
-    points every distance is computed. The labels are those of `nearest`, at K = 1000 three to five times as fast.
+    points every distance is computed. The labels are those of `nearest`, three to five times as fast at
+    K = 1000.
     """
 
     def __init__(self, x, centers):
