@@ -21,7 +21,7 @@ import torch
 
 # §2.5, App. B.3: Lloyd's algorithm
 
-CHUNK = 2048                # points at a time, so that what is computed of them stays in a CPU's caches
+CHUNK = 4096                # points at a time, so that what is computed of them stays in a CPU's caches
 
 
 def nearest(x, centers):

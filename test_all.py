@@ -434,7 +434,7 @@ def plain_lloyd(x, centers, iterations):
 
 
 @pytest.mark.parametrize("accelerate", [True, False])
-@pytest.mark.parametrize("chunk", [50, 2048])
+@pytest.mark.parametrize("chunk", [50, 4096])
 @pytest.mark.parametrize("K, d", [(40, 20), (7, 3)])
 def test_kmeans_is_plain_lloyd_step_by_step(K, d, chunk, accelerate, monkeypatch):
     # labels, centres and inertia are those of brute force after every step
@@ -1660,7 +1660,7 @@ def test_conditional_distance_is_the_closed_form_of_eq_4():
         generator = torch.Generator().manual_seed(seed)
         model = SimpleNamespace(denoise=denoise, encode=encode)
         return sample.conditional_distance(
-            model, x1, x2, sigmas, 8, phi_draws, generator, 1e-8, 200
+            model, x1, x2, sigmas, 8, phi_draws, generator, 1e-8, 60
         )
 
     sigmas, square = np.geomspace(0.01, 20, 20), 48 * 48 * 0.49
