@@ -2247,18 +2247,19 @@ def claims_table(paths):
     names = [record["checkpoint"]["name"] for record in records]
     rows = [["claim", *names], ["---" for _ in (0, *names)]]
     for claim in CLAIMS:
-        signs = [record["signs"].get(claim.text, "–") for record in records]
+        signs = [sign_of(claim, record) for record in records]
         if set(signs) != {"–"}:
             rows.append([f"{claim.place}: {claim.text}", *signs])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def sign_of(verdict, kind):
-    """✓, ✗ or –, as in the README's table."""
-    sign = {"holds": "✓", "fails": "✗", "not comparable": "–"}[verdict.verdict]
-    if is_counted(verdict.only, kind):
-        return sign
-    return f"({sign})"
+def sign_of(claim, record):
+    """✓, ✗ or – for what a results.json, read, says of a claim; in brackets if it does not count there."""
+    for verdict in record["verdicts"]:
+        if verdict["claim"] == claim.text:
+            sign = {"holds": "✓", "fails": "✗", "not comparable": "–"}[verdict["verdict"]]
+            return sign if is_counted(claim.only, record["kind"]) else f"({sign})"
+    return "–"
 
 
 # Running
@@ -2446,7 +2447,6 @@ def main():
         "alive": study.alive,
         "scale": scale,
         "settings": vars(flags),
-        "signs": {verdict.claim: sign_of(verdict, study.kind) for verdict in verdicts},
         "verdicts": verdicts,
         "analyses": numbers}
     with write(os.path.join(flags.out, "results.json")) as file:

@@ -1043,6 +1043,31 @@ def test_files_of_others_are_never_replaced(shelf, tmp_path, cli):
     assert out.read_bytes() == b"of another run"
 
 
+def test_a_run_of_older_make_replaces_nothing_without_force(shelf, tmp_path, cli):
+    # its checkpoint holds no name of the run, so no file beside it is known to be its own
+    saved = torch.load(shelf / "c.pt", weights_only=True)
+    del saved["run"]
+    torch.save(saved, tmp_path / "old.pt")
+    (tmp_path / "old.jsonl").write_text("of unknown make")
+    code, text = cli(f"train.py --resume --pictures 24 --out {tmp_path}/old.pt --device cpu")
+    assert code == 2 and "old.jsonl: exists" in text
+    assert (tmp_path / "old.jsonl").read_text() == "of unknown make"
+
+
+def test_ctrl_c_ends_the_reading_of_pictures_at_once(cli, tmp_path, monkeypatch):
+    # signals are caught only once there is a step to finish
+    handlers, real = [], train.training_data
+
+    def training_data(settings):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return real(settings)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "training_data", training_data)
+    assert cli(f"{RUN} --out {tmp_path}/a.pt")[0] == 0
+    assert handlers == [before]
+
+
 def test_a_run_can_be_made_longer(shelf, tmp_path):
     # --resume with a larger budget goes on; a smaller one, or another width, contradicts the checkpoint
     out = str(tmp_path / "a.pt")
@@ -2664,6 +2689,24 @@ def test_harmonics_of_the_wiener_filter():
     assert set(analyze.draw_harmonics(study, numbers)) == {"harmonics"}
     x = normal(1, 1, 40, 33)
     assert gap(analyze.central(x), x[:, :, 4:36, :32]) == 0
+
+
+def test_table_of_claims_from_results(tmp_path):
+    # a sign a network; brackets where the paper speaks of other pictures; no row that nobody has measured
+    verdicts = {
+        "Fig. 1, 10": "holds",
+        "Fig. 20": "fails",
+        "Fig. 7": "not comparable",
+        "Fig. 3": "holds",
+    }
+    record = {"checkpoint": {"name": "a.pt"}, "kind": "faces", "verdicts": []}
+    for claim in analyze.CLAIMS:
+        if claim.place in verdicts:
+            record["verdicts"].append({"claim": claim.text, "verdict": verdicts[claim.place]})
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    table = analyze.claims_table([tmp_path / "results.json"])
+    signs = [row.split(" | ")[1].strip("| ") for row in table.splitlines()[2:]]
+    assert signs == ["✓", "(✓)", "✗"] and "a.pt" in table.splitlines()[0]
 
 
 def test_posterior_mean_against_brute_force():

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unet import (Parser, Progress, UNet, UserError, check_outputs, choose_device, explain, fixed_phi,
-                  load_checkpoint, number, picture_rows, receptive_field, run, save_checkpoint, say,
-                  seeded, to_batch, to_uint8, write)
+                  load_checkpoint, main_process, number, picture_rows, receptive_field, run,
+                  save_checkpoint, say, seeded, to_batch, to_uint8, write)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -189,17 +189,19 @@ def never():
 
 
 def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=None,
-          stop_requested=never):
+          stop_requested=never, on_start=None):
     """Minimise Eq. 1 as A.3 does; writes `out`, its .jsonl and its .png. Returns True if the run is complete.
 
     settings: what defines the run, as `complete_settings` returns it. resume: a checkpoint's dict to go on
     from. save_every: seconds between evaluations, each with a save. stop_requested: asked after every step;
-    the run then saves and ends. Raises UserError for unusable data, a loss that is not finite, and a
-    checkpoint that cannot be written.
+    the run then saves and ends. on_start: called once the pictures are read. Raises UserError for unusable
+    data, a loss that is not finite, and a checkpoint that cannot be written.
     """
     training = prepare(settings, out, torch.device(device), resume, micro_batch)
     model, optimizer, steps, epochs = training.model, training.optimizer, training.steps, training.epochs
     batch, seed, share = settings["batch"], settings["seed"], training.share
+    if on_start:
+        on_start()
     describe(training)
     if compiled:
         model.compile()
@@ -516,11 +518,6 @@ def file_stamp(path):
 def processes():
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def main_process():
-    """Is this the process that writes?"""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def over_processes(value, device, op=dist.ReduceOp.SUM):
@@ -1408,8 +1405,8 @@ def check_out(out, resume, force, data):
     check_outputs([out], force or resume, data)
     for path in companions(out):
         written_by_us = False
-        if resume and os.path.isfile(path):
-            written_by_us = resume.get("run", "unknown").encode() in Path(path).read_bytes()
+        if resume and "run" in resume and os.path.isfile(path):
+            written_by_us = resume["run"].encode() in Path(path).read_bytes()
         check_outputs([path], force or written_by_us, data)
 
 
@@ -1425,9 +1422,8 @@ def main():
     check_out(out, resume, flags.force, settings["data"])
     if "RANK" in os.environ:
         join_processes(device)
-    stop_on_signal(signals)
     train(settings, out, device, resume, flags.micro_batch, flags.compile, flags.save_every,
-          stop_requested=lambda: bool(signals))
+          stop_requested=lambda: bool(signals), on_start=lambda: stop_on_signal(signals))
     if dist.is_initialized():
         dist.destroy_process_group()
     return 128 + signals[0] if signals else 0

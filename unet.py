@@ -395,9 +395,14 @@ def on_terminal():
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def main_process():
+    """Is this the process that speaks and writes? Under torchrun there are others."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def say(text, end="\n"):
     """Print a line in place of the status line. Whatever happens to standard output, the work goes on."""
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():   # torchrun: one speaks
+    if not main_process():
         return
     if on_terminal():
         text = "\r\033[K" + text                          # the start of the line; erase it
