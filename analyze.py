@@ -27,16 +27,16 @@ from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 from unet import (Parser, Progress, Sides, UNet, UserError, caption, check_outputs, choose_device, duration,
-                  expectation, font, greek, grid, load_checkpoint, number, phi, picture_rows, printable, run,
-                  say, seed_of, seeded, titled, to_batch, to_image, write)
+                  expectation, font, greek, grid, load_checkpoint, no_progress, number, phi, picture_rows,
+                  printable, run, say, seed_of, seeded, titled, to_batch, to_image, write)
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
-from sample import (STEPS, Memory, Target, around, conditional_distance, guidance_step, noise_level,
-                    noise_levels, panel, sample_unconditional)
+from sample import (STEPS, Memory, Target, around, conditional_distance, guidance_step, estimate_sigma,
+                    sigma_schedule, panel, sample_unconditional)
 from train import (draw_disc, evaluate, input_psnr, is_synthetic, load_picture, psnr, split, training_data,
                    training_part, untrained_network, use_of_M, variety)
 
@@ -76,10 +76,6 @@ class Alive(NamedTuple):
 
 class Skip(Exception):
     """An analysis that these pictures do not allow; the text says why."""
-
-
-def no_progress(fraction, text):
-    """Tells nobody how far the work is."""
 
 
 @dataclass(eq=False)
@@ -849,7 +845,7 @@ def algorithm_1(study, encoder, x, samples, name):
 
     # φ and its gradient are those of one network, the score is another's
     model = SimpleNamespace(encode=encoder.encode, score=study.model.score)
-    sigmas = noise_levels(study.sigma_max, min(0.03, study.sigma_max / 10), study.steps)
+    sigmas = sigma_schedule(study.sigma_max, min(0.03, study.sigma_max / 10), study.steps)
     targets = [Target(f"picture {k}", picture[None], None) for k, picture in enumerate(x)]
     seed = seed_of(study.seed, name)
     return around(model, study.checkpoint, targets, samples, sigmas, seed, progress=progress)
@@ -862,7 +858,7 @@ def match_noisy(study, x, sigma):
     By Algorithm 2, told a picture's own φ and told another one's, and by a random step as long as the latter.
     """
     def level(y):
-        return noise_level(study.model.score(y)).cpu().numpy()
+        return estimate_sigma(study.model.score(y)).cpu().numpy()
 
     generator = study.noise("Fig. 20", round(1e6 * sigma))
     z, direction = torch.randn(2, *x.shape, generator=generator, device=x.device)
@@ -1080,7 +1076,7 @@ def to_nearest(a, b):
 
 
 def compare_pair(study, pair):
-    """Fig. 1, 2 for two Trained whose training sets, of N pictures each, have no picture in common.
+    """Paper B, Fig. 1, 2 for two Trained whose training sets, of N pictures each, have no picture in common.
 
     psnr: means of both networks, and of exact memorisation. gap (Estimate): on training pictures minus
     held-out ones, in dB, mean over σ. Cosines of pixels minus their mean colour, for each of 32 samples:
@@ -1126,7 +1122,7 @@ def compare_pair(study, pair):
 
 
 def generalisation(study, view):
-    """Fig. 1, 2: `compare_pair` of study.versus, pairs of Trained, the smallest N first.
+    """Paper B, Fig. 1, 2: `compare_pair` of study.versus, pairs of Trained, the smallest N first.
 
     memorised: `nearest` at the smallest N; the other numbers are those of the largest. Nulls: held-out
     pictures instead of samples, samples from other noise, and the smallest N, if there are several.
@@ -1182,12 +1178,13 @@ def wiener(x):
 def jacobian(model, y):
     """J (D, D) of x̂ at y (C, H, W): wᵀJ for 64 unit vectors w at a time, from as many copies of y."""
     rows = []
-    for w in torch.eye(y.numel()).to(y).split(64):
-        with torch.enable_grad():
-            copies = y.expand(len(w), *y.shape).clone().requires_grad_()
-            x_hat = model.denoise(copies).flatten(1)
-            gradient, = torch.autograd.grad(x_hat, copies, w)
-        rows.append(gradient.flatten(1).cpu())
+    with torch.enable_grad():
+        copies = y.repeat(64, 1, 1, 1).requires_grad_()
+        x_hat = model.denoise(copies).flatten(1)           # (64, D), once for all w
+        for w in torch.eye(y.numel()).to(y).split(64):
+            part = slice(len(w))
+            gradient, = torch.autograd.grad(x_hat[part], copies, w, retain_graph=True)
+            rows.append(gradient[part].flatten(1).cpu())
     return torch.cat(rows)
 
 
@@ -1231,7 +1228,7 @@ def compaction(x, bases, ranks):
 
 
 def harmonics(study, view, pictures=3):
-    """Fig. 3: do eigenvectors of the Jacobian at a noisy picture, at the analysed σ, suit the picture?
+    """Paper B, Fig. 3: do eigenvectors of the Jacobian at a noisy picture suit the picture?
 
     adapted, decay: `compaction` minus that of the Wiener filter's basis, rank = Σλ; symmetry: mean uᵀv. Of
     large pictures the central 32×32. Nulls: another picture's basis; a network of random weights (the
@@ -1307,8 +1304,9 @@ def disc_tangents(size, place):
 
 
 def disc_jacobian(study, model, discs=4):
-    """Fig. 5, right: the first 12 λ at noisy discs of at most 32×32 pixels, and the share of the tangent
-    space's five dimensions that the first five eigenvectors hold."""
+    """Paper B, Fig. 5, right: the first 12 λ at noisy discs of at most 32×32 pixels, and tangent_share, the
+    share of the tangent space's five dimensions that the first five eigenvectors hold.
+    """
     values, shares = [], []
     side = min(32, study.checkpoint["size"])
     rng, generator = study.rng("discs"), study.noise("discs")
@@ -1327,7 +1325,7 @@ def disc_jacobian(study, model, discs=4):
 
 
 def regularity(study, view):
-    """Fig. 4, 5: slope of output against input PSNR, 0 to 20 dB, of a network trained on calpha:A or disc.
+    """Paper B, Fig. 4, 5: slope of output against input PSNR, 0 to 20 dB, for pictures of known regularity.
 
     Optimal: A/(A + 1) for C^A pictures; 1 for discs, a manifold of five dimensions, whose least error is 5σ².
     At less noise small networks meet their own error. Null: the Wiener filter, which is blind to geometry.
@@ -1503,95 +1501,102 @@ def near_optimum(numbers):
 
 ALL = "untrained shuffled Gaussian"
 CLAIMS = [
-    Claim("PR falls from the input to the output of M", "Fig. 1, 10", "sparsity.M", -1, 0.02),
-    Claim("PR falls in every decoder block", "Fig. 1", "sparsity.decoder", -1, 0.02, about_phi=False),
-    Claim("PR rises in every encoder block", "Fig. 1", "sparsity.encoder", 1, 0.02,
-          only="imagenet", about_phi=False),
+    Claim("PR falls from the input to the output of M", "Fig. 1, 10", "sparsity.M", -1, 0.02,
+          rule_text="change of the mean PR"),
+    Claim("PR falls in every decoder block", "Fig. 1", "sparsity.decoder", -1, 0.02, about_phi=False,
+          rule_text="change of the mean PR in the block where it falls least"),
+    Claim("PR rises in every encoder block", "Fig. 1", "sparsity.encoder", 1, 0.02, about_phi=False,
+          rule_text="change of the mean PR in the block where it rises least", only="imagenet"),
     Claim("φ's PR lies in 0.2–0.3", "§2.5, Fig. 1", "sparsity.phi_pr", 0, 0.02, "untrained shuffled",
-          within("phi_pr", 0.2, 0.3), "in the range, and not as with shuffled channels",
-          "imagenet"),
+          rule=within("phi_pr", 0.2, 0.3), rule_text="in the range, and not as with shuffled channels",
+          only="imagenet"),
     Claim("M is the most stable block", "Fig. 2, 11", "stability.lead", 1, 0.01,
-          rule=above("lead", 0), rule_text="lead in mean cosine over the next: {rival}"),
+          rule_text="lead in mean cosine over the next: {rival}"),
     Claim("the direction of φ collapses as σ → 0", "Fig. 2", "stability.fall", 1, 0.05,
           rule_text="fall of M's cosine minus that of the other block that falls most"),
     Claim("φ collapses to zero as σ → 0", "App. B.3", "stability.norm", -1, 0.05,
           rule=below("norm", 0.1), rule_text="‖φ‖ at σ = 0 over that at 0.5, below a tenth"),
-    Claim("channel selectivity is bimodal", "Fig. 3", "selectivity.bimodality", 1, 0.02, "untrained",
-          above("bimodality", 0.75),
-          "share of variance between two groups, above a uniform distribution's 3/4", "imagenet"),
+    Claim("channel selectivity is bimodal", "Fig. 3", "selectivity.bimodality", 1, 0.02,
+          rule=above("bimodality", 0.75), only="imagenet",
+          rule_text="share of variance between two groups, above a uniform distribution's 3/4"),
     Claim("the vast majority of channels are specialised", "Fig. 12", "selectivity.common", -1, 0.1,
-          "untrained", below("common", 0.25),
-          "share of channels that most pictures excite, below 1/4", "textures"),
-    Claim("most channels respond to most pictures", "Fig. 12", "selectivity.common", 1, 0, "",
-          above("common", 0.5), "share of channels that most pictures excite, above 1/2", "faces"),
-    Claim("selectivity is distributed evenly", "Fig. 12", "selectivity.uneven", -1, 0.05, "untrained",
-          within("uneven", 0, 0.2), "largest distance to a uniform distribution, at most 0.2",
-          "bedrooms"),
-    Claim("φ-neighbours agree in class more than pixel-neighbours", "Fig. 5, 14",
-          "neighbours.lead", 1, 0.02),
+          rule=below("common", 0.25), only="textures",
+          rule_text="share of channels that most pictures excite, below 1/4"),
+    Claim("most channels respond to most pictures", "Fig. 12", "selectivity.common", 1, 0, nulls="",
+          rule=above("common", 0.5), only="faces",
+          rule_text="share of channels that most pictures excite, above 1/2"),
+    Claim("selectivity is distributed evenly", "Fig. 12", "selectivity.uneven", -1, 0.05,
+          rule=within("uneven", 0, 0.2), only="bedrooms",
+          rule_text="largest distance to a uniform distribution, at most 0.2"),
+    Claim("φ-neighbours agree in class more than pixel-neighbours", "Fig. 5, 14", "neighbours.lead", 1, 0.02,
+          rule_text="class agreement of the ten nearest, minus that in pixels"),
     Claim("φ-neighbours agree in class more than those by pixels minus mean colour", "our control",
-          "neighbours.lead_colour", 1, 0.02),
+          "neighbours.lead_colour", 1, 0.02,
+          rule_text="class agreement of the ten nearest, minus that in pixels minus mean colour"),
     Claim("φ lies on a union of subspaces", "Fig. 5", "neighbours.subspaces", 1, 0.02, ALL,
           rule_text="energy of neighbours in their own three directions minus that in another group's"),
     Claim("every pair of clusters is more than 2 SD apart", "Fig. 6", "clusters.ratio", 1, 0.25, ALL,
-          within("least", 2, math.inf), "mean distance / SD; the least, {least:.1f}, above 2"),
-    Claim("clusters are farther apart than classes", "Fig. 6", "clusters.lead", 1, 0.25, ALL),
+          rule=within("least", 2, math.inf), rule_text="mean distance / SD; the least, {least:.1f}, above 2"),
+    Claim("clusters are farther apart than classes", "Fig. 6", "clusters.lead", 1, 0.25, ALL,
+          rule_text="mean distance / SD of clusters minus that of classes"),
     Claim("other σ give similar clusters", "App. B.3", "clusters.at_next_sigma", 1, 0.05,
-          "untrained shuffled", as_between_seeds,
-          "Rand index; at least that between seeds, {seeds:.2f}, minus 0.1"),
-    Claim("a start from class centroids gives similar clusters", "App. B.3", "clusters.start", 1, 0.05,
-          ALL, away_from_classes, "Rand index to random starts; at least that between these, "
+          "untrained shuffled", rule=as_between_seeds,
+          rule_text="Rand index; at least that between seeds, {seeds:.2f}, minus 0.1"),
+    Claim("a start from class centroids gives similar clusters", "App. B.3", "clusters.start", 1, 0.05, ALL,
+          rule=away_from_classes, rule_text="Rand index to random starts; at least that between these, "
           "{start_seeds:.2f}, minus 0.1, and that to the classes, {start_classes:.2f}"),
-    Claim("specialised channels have heavier tails", "Fig. 13", "channels.kurtosis", -1, 0.1),
+    Claim("specialised channels have heavier tails", "Fig. 13", "channels.kurtosis", -1, 0.1,
+          rule_text="rank correlation of PR and kurtosis"),
     Claim("common channels are near-Gaussian", "§2.4, Fig. 13", "channels.contrast", 1, 0.5,
-          "untrained", common_near_gaussian, "median |kurtosis − 3| is {near:.2f} for common channels "
+          rule=common_near_gaussian, rule_text="median |kurtosis − 3| is {near:.2f} for common channels "
           "(below 1), and by how much more for specialised ones"),
-    Claim("specialised channels are sparser in space", "Fig. 13", "channels.spatial PR", 1, 0.1),
-    Claim("maps of specialised channels have fewer dimensions", "Fig. 13", "channels.PCA dimension", 1, 0.1),
-    Claim("common channels are broadly tuned", "§2.4", "channels.tuning", 1, 0.1),
-    Claim("common channels are the most stable to σ", "§2.4", "channels.stability", 1, 0.1),
+    Claim("specialised channels are sparser in space", "Fig. 13", "channels.spatial PR", 1, 0.1,
+          rule_text="rank correlation of PR over pictures and over places"),
+    Claim("maps of specialised channels have fewer dimensions", "Fig. 13", "channels.PCA dimension", 1, 0.1,
+          rule_text="rank correlation of PR and dimension"),
+    Claim("common channels are broadly tuned", "§2.4", "channels.tuning", 1, 0.1,
+          rule_text="rank correlation of PR and the share of gratings that excite a channel"),
+    Claim("common channels are the most stable to σ", "§2.4", "channels.stability", 1, 0.1,
+          rule_text="rank correlation of PR and stability"),
     Claim("distance of φ strongly predicts the distance of densities", "Fig. 8", "embedding.rank", 1, 0.1,
-          "untrained pixels", above("rank", 0.5), "rank correlation, above 0.5"),
+          "untrained pixels", rule=above("rank", 0.5), rule_text="rank correlation, above 0.5"),
     Claim("embedding inequality (3) with B/A = 2.9", "Fig. 8", "embedding.log_ratio", -1, 0.2,
-          "untrained pixels", within("log_ratio", 0, math.log(2.9)),
-          "log B/A, at most 1.06; 95th over 5th percentile {percentiles:.1f}"),
-    Claim("matching keeps the noise level", "Fig. 20", "matching.level", -1, 0, "", keeps_the_level,
-          "median |after / before − 1| of σ̂, at most 0.05; told another picture's φ {stress:.2f}"),
+          "untrained pixels", rule=within("log_ratio", 0, math.log(2.9)),
+          rule_text="log B/A, at most 1.06; 95th over 5th percentile {percentiles:.1f}"),
+    Claim("matching keeps the noise level", "Fig. 20", "matching.level", -1, 0, nulls="",
+          rule=keeps_the_level, rule_text="median |after / before − 1| of σ̂, at most 0.05; told another "
+          "picture's φ {stress:.2f}"),
     Claim("samples share the target's layout", "Fig. 7", "matching.layout", 1, 0.05,
           rule_text="correlation of pixels with the target minus that with others"),
-    Claim("training and held-out PSNR agree", "paper B, Fig. 1", "denoising.gap", 0, 0, "",
-          within_a_tenth, "dB at the worst σ; with two errors within 0.1", about_phi=False),
+    Claim("training and held-out PSNR agree", "paper B, Fig. 1", "denoising.gap", 0, 0, nulls="",
+          rule=within_a_tenth, rule_text="dB at the worst σ; with two errors within 0.1", about_phi=False),
     Claim("a small training set is memorised", "paper B, Fig. 1, 2", "generalisation.memorised", 1, 0.05,
-          "held-out", within("memorised", 0.95, 1.01),
-          "cosine to the nearest training picture at the smallest N, at least 0.95",
-          about_phi=False),
+          "held-out", rule=within("memorised", 0.95, 1.01), about_phi=False,
+          rule_text="cosine to the nearest training picture at the smallest N, at least 0.95"),
     Claim("with a large training set, training and held-out PSNR agree", "paper B, Fig. 1",
-          "generalisation.gap", -1, 0.1, "smallest-N", within("gap", -math.inf, 0.1),
-          "mean difference in dB at the largest N, at most 0.1", about_phi=False),
+          "generalisation.gap", -1, 0.1, "smallest-N", rule=within("gap", -math.inf, 0.1), about_phi=False,
+          rule_text="mean difference in dB at the largest N, at most 0.1"),
     Claim("two networks with large training sets draw the same", "paper B, Fig. 2",
-          "generalisation.agreement", 1, 0.05,
-          "other-noise smallest-N", within("agreement", 0.8, 1.01),
-          "cosine of samples from the same noise, at least 0.8",
-          about_phi=False),
+          "generalisation.agreement", 1, 0.05, "other-noise smallest-N",
+          rule=within("agreement", 0.8, 1.01), about_phi=False,
+          rule_text="cosine of samples from the same noise, at least 0.8"),
     Claim("samples of a network with a large training set are new", "paper B, Fig. 2",
-          "generalisation.copies", -1, 0.05,
-          "smallest-N", within("copies", -math.inf, 0.05),
-          "cosine to the nearest training picture, minus that of held-out pictures; at most 0.05",
-          about_phi=False),
+          "generalisation.copies", -1, 0.05, "smallest-N", rule=within("copies", -math.inf, 0.05),
+          about_phi=False, rule_text="cosine to the nearest training picture, minus that of held-out "
+          "pictures; at most 0.05"),
     Claim("the basis is adapted to the picture", "paper B, Fig. 3", "harmonics.adapted", 1, 0.02,
-          "other-picture random-weights",
-          rule_text="share of contrast that Σλ vectors hold, minus the Wiener filter's", about_phi=False),
+          "other-picture random-weights", about_phi=False,
+          rule_text="share of contrast that Σλ vectors hold, minus the Wiener filter's"),
     Claim("eigenvalues and coefficients decay together", "paper B, Fig. 3", "harmonics.decay", 1, 0.02,
-          "other-picture random-weights",
-          rule_text="rank correlation of λ_k and ⟨x, e_k⟩², minus the Wiener filter's", about_phi=False),
+          "other-picture random-weights", about_phi=False,
+          rule_text="rank correlation of λ_k and ⟨x, e_k⟩², minus the Wiener filter's"),
     Claim("the Jacobian is nearly symmetric", "paper B, §3", "harmonics.symmetry", 1, 0.1,
-          "random-weights", within("symmetry", 0.84, 1.01),
-          "mean uᵀv of ten singular pairs, at least .84 (the authors': .84 to .98)",
-          about_phi=False),
-    Claim("slopes are near the optimum on C^α pictures, below it on discs",
-          "paper B, Fig. 4, 5", "regularity.slope", 1, 0.02, "Wiener", near_optimum,
-          "the optimum is {optimum:.2f}; within (on discs: below by) 0.1, where a linear filter's is not",
-          about_phi=False),
+          "random-weights", rule=within("symmetry", 0.84, 1.01), about_phi=False,
+          rule_text="mean uᵀv of ten singular pairs, at least .84 (the authors': .84 to .98)"),
+    Claim("slopes are near the optimum on C^α pictures, below it on discs", "paper B, Fig. 4, 5",
+          "regularity.slope", 1, 0.02, "Wiener", rule=near_optimum, about_phi=False,
+          rule_text="the optimum is {optimum:.2f}; within (on discs: below by) 0.1, where a linear filter's "
+          "is not"),
 ]
 
 
@@ -1633,7 +1638,7 @@ def draw_selectivity(study, numbers):
     special, common = channel_groups(code)
     marks = [
         bars(pr, 40),
-        rule(x=numbers["threshold"], label="threshold (Otsu)", color=RED)]
+        vertical(numbers["threshold"], "threshold (Otsu)", RED)]
     cells = []
     for channel in [*special[:4], *common[:-3:-1]]:
         excited = numbers["excited"][channel]
@@ -1806,7 +1811,7 @@ PSNR_AXES = "input PSNR (dB)", "output PSNR (dB)"
 
 
 def draw_denoising(study, numbers):
-    """Fig. 1: output against input PSNR, training pictures and others."""
+    """Paper B, Fig. 1: output against input PSNR, training pictures and others."""
     x = input_psnr(numbers["sigmas"])
     marks = [line(x, x, "no denoising", GRAY)]
     for side, color in (("training", ORANGE), ("held out", BLUE)):
@@ -1819,7 +1824,7 @@ def draw_denoising(study, numbers):
 
 
 def draw_generalisation(study, numbers):
-    """Fig. 1: PSNR for every N; Fig. 2: cosines, and samples beside their nearest training pictures."""
+    """Paper B, Fig. 1: PSNR for every N; Fig. 2: cosines, and samples beside their nearest originals."""
     names = "A's samples", "nearest in training", "B's, same noise", "nearest in training"
     colors = {"training": ORANGE, "held out": BLUE, "exact, training": GRAY, "exact, held out": "#000000"}
     curves, histograms, sheets = [], [], []
@@ -1846,7 +1851,7 @@ def draw_generalisation(study, numbers):
 
 
 def draw_harmonics(study, numbers):
-    """Fig. 3: a row a picture, with its eigenvectors, and the Wiener filter's; λ_k and ⟨x, e_k⟩² below."""
+    """Paper B, Fig. 3: a row a picture, with its eigenvectors, and the Wiener filter's; λ_k, ⟨x, e_k⟩²."""
     x, y, bases, linear = numbers["pictures"]
     places = [k for k in (1, 2, 3, 5, 8, 12, 20, 30, 45) if k <= linear.vectors.shape[1]]
     names = ["x", "y", "x̂", *[f"e {k}" for k in places]]
@@ -1881,7 +1886,7 @@ def draw_harmonics(study, numbers):
 
 
 def draw_regularity(study, numbers):
-    """Fig. 4, 5: output against input PSNR beside the optimal slope; on discs, eigenvalues of J."""
+    """Paper B, Fig. 4, 5: output against input PSNR beside the optimal slope; on discs, eigenvalues of J."""
     x, psnr = input_psnr(FIT), numbers["psnr"]
     best = psnr.mean() + numbers["optimum"] * (x - x.mean())
     marks = [
@@ -1891,7 +1896,7 @@ def draw_regularity(study, numbers):
         line(x, x, "no denoising", GRAY)]
     plots = [plot((796, 560), marks, *PSNR_AXES)]
     if "eigenvalues" in numbers:
-        marks = [line(np.arange(1, 13), numbers["eigenvalues"], points=True), rule(x=5.5)]
+        marks = [line(np.arange(1, 13), numbers["eigenvalues"], points=True), vertical(5.5)]
         plots.append(plot((796, 560), marks, "k", "eigenvalue λ_k"))
     text = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity beside the optimal slope; on "
             "discs, eigenvalues of the Jacobian, ideally 0 after the fifth. Slopes in the paper: .46, .61, "
@@ -1989,16 +1994,12 @@ def bars(values, bins, span=None, label=None, color=None):
     return Mark(draw, edges, [0, counts.max()], label, color)
 
 
-def rule(x=math.nan, y=math.nan, label=None, color=GRAY):
-    """A line across the whole plot: vertical at x, or horizontal at y."""
+def vertical(x, label=None, color=GRAY):
+    """A line across the whole plot at x."""
     def draw(pen, frame, color):
-        if math.isnan(y):
-            ends = frame.points([x, x], [frame.y.low, frame.y.high])
-        else:
-            ends = frame.points([frame.x.low, frame.x.high], [y, y])
-        pen.line(ends, color, 3)
+        pen.line(frame.points([x, x], [frame.y.low, frame.y.high]), color, 3)
 
-    return Mark(draw, [x], [y], label, color)
+    return Mark(draw, [x], [math.nan], label, color)
 
 
 def limits(values, log=False):

@@ -17,9 +17,9 @@ import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from unet import (Parser, Progress, UserError, average_M, check_outputs, choose_device, duration,
-                  explain, fixed_phi, grid, load_checkpoint, number, phi, run, say, seeded, titled, to_batch,
-                  to_image, write)
+from unet import (Parser, Progress, UserError, average_M, check_outputs, choose_device, duration, explain,
+                  fixed_phi, grid, load_checkpoint, no_progress, number, phi, run, say, seeded, titled,
+                  to_batch, to_image, write)
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -69,16 +69,19 @@ def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory
         if iteration == max_gradients or not unmet.any():
             return best, Matching(first, least, gradients, ~unmet)
 
-        jump, left = 0, residual
-        if memory is not None:
-            jump, left = memory.extrapolate(residual)     # what past steps can remove without a gradient
-        gradient, = torch.autograd.grad(phi_t, x, 2 * left)                    # ∇L, if all of it is left
-        eta = left.square().sum(1) / square_norm(gradient)
-        step = limit(jump - per_picture(eta) * gradient)
-        if memory is not None:
-            memory.remember(step, residual)
-        x = x + per_picture(unmet) * step                 # x_t ← x_t − η ∇L(x_t)
+        if memory is None:
+            step = gradient_step(x, phi_t, residual)      # −η ∇L(x_t)
+        else:
+            step = memory.step(x, phi_t, residual)
+        x = x + per_picture(unmet) * limit(step)          # x_t ← x_t − η ∇L(x_t)
         gradients += unmet
+
+
+def gradient_step(x, phi_t, residual):
+    """−η ∇L at x (N, C, H, W), whose φ is phi_t (N, d); L = ‖residual‖², (N, d)."""
+    gradient, = torch.autograd.grad(phi_t, x, 2 * residual)                    # ∇L
+    eta = residual.square().sum(1) / square_norm(gradient)
+    return -per_picture(eta) * gradient
 
 
 def limit(step, rms=0.1):
@@ -112,46 +115,47 @@ class Level(NamedTuple):
 
 
 @torch.no_grad()
-def reconstruct(model, target, mean, sigmas, shape, generators, tol=0.01, max_gradients=MAX_GRADIENTS,
-                accelerate=True, progress=lambda *_: None):
+def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max_gradients=MAX_GRADIENTS,
+                accelerate=True, progress=no_progress):
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
-    target: target(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,). sigmas: σ_T
-    > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2, made fast by
-    `Memory` if `accelerate`. Returns the samples and a list of `Level`. Lines are counted from "Draw".
+    condition: condition(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
+    sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2,
+    made fast by `Memory` if `accelerate`. Returns the samples and a list of `Level`. Lines are counted from
+    "Draw".
 
     As printed, the last step, from σ_0, is made without matching. A full step x + s(x) is the posterior mean,
     which contracts: for Gaussian data of variance λ (and no matching) the variance obeys v ← (λ/(λ + σ_t²))²
     v + σ²_{t−1} and ends below λ.
     """
     levels = []
-    z = noise(shape, generators, mean.device)
+    z = draw_z(shape, generators, mean.device)
     x = mean.view(-1, 1, 1) + sigmas[0] * z               # Alg. 1 line 1: x_T ~ N(m, σ_T² I)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):     # Alg. 1 line 2: t = T … 1
-        phi_c = target(sigma)                             # Alg. 1 lines 3, 4: φ of x_c + σ_t z
-        before = noise_level(model.score(x))
+        phi_c = condition(sigma)                          # Alg. 1 lines 3, 4: φ of x_c + σ_t z
+        before = estimate_sigma(model.score(x))
         memory = Memory() if accelerate else None
         x, matching = guidance_step(model, x, phi_c, tol, max_gradients, memory)         # Alg. 1 line 5
-        z = noise(shape, generators, mean.device)         # Alg. 1 line 6
+        z = draw_z(shape, generators, mean.device)       # Alg. 1 line 6
         s = model.score(x)
         x = x + s + sigma_next * z                        # Alg. 1 line 7
-        levels.append(Level(sigma, before, noise_level(s), *matching))
+        levels.append(Level(sigma, before, estimate_sigma(s), *matching))
         progress(len(levels) / len(sigmas), f"σ {sigma:.2f}")
     return x + model.score(x), levels                     # Alg. 1 lines 9, 10
 
 
-def noise_levels(sigma_max, sigma_min=0.03, steps=STEPS):
+def sigma_schedule(sigma_max, sigma_min=0.03, steps=STEPS):
     """Algorithm 1's schedule: `steps` values of σ from sigma_max down to sigma_min, equally far apart."""
     return np.linspace(sigma_max, sigma_min, steps).tolist()
 
 
-def noise(shape, generators, device):
+def draw_z(shape, generators, device):
     """z ~ N(0, I), (N, *shape): picture i from generator i, drawn on the CPU so that devices agree."""
     z = [torch.randn(shape, generator=generator) for generator in generators]
     return torch.stack(z).to(device)
 
 
-def noise_level(s):
+def estimate_sigma(s):
     """σ̂ = ‖s‖/√n of each picture, (N,): how noisy the network takes it to be."""
     return s.square().mean((1, 2, 3)).sqrt()
 
@@ -208,23 +212,23 @@ def around(model, checkpoint, targets, samples, sigmas, seed=0, draws=1, **optio
 
 @torch.no_grad()
 def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=0.04, h_0=0.01, beta=0.05,
-                         max_steps=2000, progress=lambda *_: None):
+                         max_steps=2000, progress=no_progress):
     """Coarse-to-fine ascent of log p by partial score steps, (N, C, H, W).
 
     y ← y + h s(y) + γ z with h = h₀ t/(1 + h₀(t − 1)), γ² = ((1 − βh)² − (1 − h)²) σ̂², σ̂ = ‖s(y)‖/√n until
     σ̂ ≤ sigma_end, for each picture on its own. Returns y and the number of steps of each picture, (N,);
     max_steps where it did not end.
     """
-    z = noise(shape, generators, mean.device)
+    z = draw_z(shape, generators, mean.device)
     y = mean.view(-1, 1, 1) + sigma_0 * z
     steps = torch.zeros(len(y), dtype=torch.long, device=y.device)
     moving = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for t in range(1, max_steps + 1):
         s = model.score(y)
-        sigma = noise_level(s)                            # σ̂, (N,)
+        sigma = estimate_sigma(s)                         # σ̂, (N,)
         h = h_0 * t / (1 + h_0 * (t - 1))
         gamma = math.sqrt((1 - beta * h) ** 2 - (1 - h) ** 2) * sigma
-        z = noise(shape, generators, mean.device)
+        z = draw_z(shape, generators, mean.device)
         step = h * s + per_picture(gamma) * z
         ended = sigma <= sigma_end
         step = torch.where(per_picture(ended), s, step)   # at the end all of s
@@ -306,17 +310,19 @@ class Memory:
     def __init__(self):
         self.steps, self.changes, self.last = [], [], None
 
-    def remember(self, step, residual):
-        """After a step: step (N, C, H, W), and the residual r before it, (N, d)."""
-        self.last = step, residual
+    def step(self, x, phi_t, residual):
+        """The jump −ΔX c and a gradient step on what it leaves of r; arguments as for `gradient_step`."""
+        jump, left = 0, residual
+        if self.last is not None:
+            jump, left = self.extrapolate(x.detach(), residual)
+        self.last = x.detach(), residual
+        return jump + gradient_step(x, phi_t, left)
 
-    def extrapolate(self, residual):
-        """r (N, d) -> the jump −ΔX c (N, C, H, W), and the residual (N, d) left to the gradient step."""
-        if self.last is None:
-            return 0, residual
-        step, residual_before = self.last
-        length = square_norm(step).sqrt()[:, None]
-        self.steps = [*self.steps, step.flatten(1) / length][-self.SIZE:]
+    def extrapolate(self, x, residual):
+        """x (N, C, H, W), r (N, d) -> the jump −ΔX c, (N, C, H, W), and the r (N, d) left to the gradient."""
+        x_before, residual_before = self.last
+        length = square_norm(x - x_before).sqrt().clamp(min=1e-6)[:, None]     # 0 once a picture has arrived
+        self.steps = [*self.steps, (x - x_before).flatten(1) / length][-self.SIZE:]
         self.changes = [*self.changes, (residual - residual_before) / length][-self.SIZE:]
         dX = torch.stack(self.steps, dim=1)               # (N, k, C·H·W), rows of length 1
         dPhi = torch.stack(self.changes, dim=1)           # (N, k, d)
@@ -328,7 +334,7 @@ class Memory:
         c = torch.linalg.solve(normal, dPhi @ residual[:, :, None]).mT         # (N, 1, k)
         came_closer = residual.norm(dim=1) <= residual_before.norm(dim=1)
         c = c * came_closer[:, None, None]                # a step that led away says nothing of the next
-        jump = -(c @ dX).view_as(step)
+        jump = -(c @ dX).view_as(x)
         left = residual - (c @ dPhi)[:, 0]
         return jump, self.CAUTION * left                  # η is invariant to this factor, η ∇L is not
 
@@ -479,7 +485,7 @@ def sample_targets(flags, model, checkpoint, device):
     names = ", ".join(os.path.basename(target.name) for target in targets)
     say(f"drawing {flags.samples} pictures that share φ with {names}")
     sigma_max = checkpoint["sigma_max"]
-    sigmas = noise_levels(sigma_max, min(0.03, sigma_max / 10), flags.steps)
+    sigmas = sigma_schedule(sigma_max, min(0.03, sigma_max / 10), flags.steps)
 
     def draw(encoder):                                    # with this denoiser, told the φ of that encoder
         told = SimpleNamespace(encode=encoder.encode, score=model.score)
@@ -534,7 +540,7 @@ def denoise_picture(flags, model, checkpoint, device):
     y = x + flags.noise * torch.randn(x.shape, generator=seeded("cpu", flags.seed)).to(device)
     with torch.no_grad():
         x_hat = model.denoise(y)
-    estimated = float(noise_level(x_hat - y))
+    estimated = float(estimate_sigma(x_hat - y))
     record = {"picture": flags.denoise, "noise_added": flags.noise, "noise_estimated": estimated}
     say(f"noise σ: {flags.noise:g} added, {estimated:.3f} estimated")
     pictures = {"given": x[0], "denoised": x_hat[0]}
@@ -578,8 +584,10 @@ def arguments():
     modes = [flags.targets, flags.mix, flags.cluster, flags.unconditional, flags.denoise]
     if sum(bool(mode) for mode in modes) > 1:
         parser.error("give targets, or one of --mix, --cluster, --unconditional, --denoise")
-    if flags.weights and (len(flags.weights) != len(flags.mix or []) or abs(sum(flags.weights)) < 1e-6):
-        parser.error("--weights: as many numbers as --mix has pictures, and not of sum 0")
+    if flags.weights and len(flags.weights) != len(flags.mix or []):
+        parser.error("--weights: as many numbers as --mix has pictures")
+    if flags.weights and abs(sum(flags.weights)) < 1e-6:
+        parser.error("--weights: their sum must not be 0")
     if flags.noise and not flags.denoise:
         parser.error("--noise is for --denoise")
     return flags
@@ -618,8 +626,12 @@ def main():
     if not all(x.isfinite().all() for x in pictures.values()):
         raise UserError("the pictures are not finite; another --seed may help")
     settings = {name: value for name, value in vars(flags).items() if value is not None}
-    record = {"settings": settings, "checkpoint_sha256": checkpoint["sha256"], "device": str(device),
-              "threads": torch.get_num_threads(), **record}
+    record = {
+        "settings": settings,
+        "checkpoint_sha256": checkpoint["sha256"],
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        **record}
     images = {flags.out: sheet}
     if flags.save_each:
         for name, x in pictures.items():

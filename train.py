@@ -17,10 +17,8 @@ import shlex
 import signal
 import time
 import warnings
-import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,19 +99,27 @@ def centralise(model):
             conv.weight.grad -= conv.weight.grad.mean((1, 2, 3), keepdim=True)
 
 
+def paper_schedule(epochs):
+    """Does a run follow A.3's schedule? Only if its budget is given in epochs, and is 1000 at least.
+
+    epochs: the budget in passes over the training pictures, or None where it is given in pictures.
+    """
+    return epochs is not None and epochs >= 1000
+
+
 def warm_up(epochs):
     """The part of a run in which the rate grows and the skips are closed: 1 % of the paper's, else 10 %."""
-    return 0.01 if epochs >= 1000 else 0.1
+    return 0.01 if paper_schedule(epochs) else 0.1
 
 
 def learning_rate(fraction, epochs):
-    """Adam's step size after a fraction of a run of `epochs`; during the warm-up it grows from a thousandth.
+    """Adam's step size after a fraction of a run; during the warm-up it grows from a thousandth.
 
-    Runs of at least 1000 epochs follow A.3: 1e-3, halved every tenth of the run. Halving starves shorter
-    runs; theirs falls linearly to 0.
+    epochs: the budget, as for `paper_schedule`. A.3: 1e-3, halved every tenth of the run. Halving starves
+    shorter runs; theirs falls linearly to 0.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
-    if epochs >= 1000:
+    if paper_schedule(epochs):
         return rate * 0.5 ** min(9, int(10 * fraction))
     return rate * max(0, 1 - fraction)
 
@@ -188,7 +194,7 @@ def never():
     return False
 
 
-def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=None,
+def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=300,
           stop_requested=never, on_start=None):
     """Minimise Eq. 1 as A.3 does; writes `out`, its .jsonl and its .png. Returns True if the run is complete.
 
@@ -197,117 +203,124 @@ def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=F
     the run then saves and ends. on_start: called once the pictures are read. Raises UserError for unusable
     data, a loss that is not finite, and a checkpoint that cannot be written.
     """
-    training = prepare(settings, out, torch.device(device), resume, micro_batch)
-    model, optimizer, steps, epochs = training.model, training.optimizer, training.steps, training.epochs
-    batch, seed, share = settings["batch"], settings["seed"], training.share
+    session = prepare(settings, out, torch.device(device), resume, micro_batch)
+    model, optimizer, steps = session.model, session.optimizer, session.steps
+    batch, seed, epochs = settings["batch"], settings["seed"], settings["epochs"]
     if on_start:
         on_start()
-    describe(training)
+    describe(session)
+    step = session.checkpoint["step"]
+    if step >= steps:
+        say(f"{out}: already complete; a larger --pictures or --epochs makes it longer")
+        return True
     if compiled:
         model.compile()
 
-    step, losses, stopping, saved_at = training.first_step, [], False, time.monotonic()
+    losses, stopping, saved_at, share = [], False, time.monotonic(), share_of_batch(batch)
     progress = Progress(step / steps)
     while step < steps and not stopping:
-        # A noisy batch x + σz with p(σ) ∝ 1/√σ. It depends only on (seed, step): a resumed run sees the same.
-        rows = batch_rows(training.rows, step, batch, seed)
-        x, y, _ = noisy_batch(training.pictures.x, rows, step, seed, settings["sigma_max"], training.device)
+        # A noisy batch x + σz with p(σ) ∝ 1/√σ. It depends on seed and step: a resumed run sees the same.
+        rows = batch_rows(session.training_rows, step, batch, seed)
+        x, y, _ = noisy_batch(session.pictures.x, rows, step, seed, settings["sigma_max"], session.device)
 
         # A step of Adam on ‖x − x̂(y)‖²; during the warm-up the decoder sees nothing but M.
         fraction = step / steps
         optimizer.param_groups[0]["lr"] = learning_rate(fraction, epochs)
         closed = fraction < warm_up(epochs) and skips_are_closed(model)
-        loss = training_step(model, optimizer, x[share], y[share], batch, training.micro_batch, closed,
+        loss = training_step(model, optimizer, x[share], y[share], batch, session.micro_batch, closed,
                              settings["precision"])
         step += 1
         losses.append(loss)
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is not finite; the last save of {out} is as it was. Try "
                             "another --seed, or --precision fp32")
-        progress(step / steps, f"{training.rate(step):.0f} pictures/s  loss {loss:.1f}")
+        progress(step / steps, f"{session.rate(step):.0f} pictures/s  loss {loss:.1f}")
 
         # At intervals, at the end and when asked to stop: is it learning, and through M? Save.
-        stopping = any_process(stop_requested(), training.device)
-        interval = save_every or training.save_interval(step)
-        if step == steps or stopping or time.monotonic() - saved_at > interval:
-            save(training, step, losses, stopping)
+        stopping = step < steps and any_process(stop_requested(), session.device)
+        if step == steps or stopping or time.monotonic() - saved_at > save_every:
+            save(session, step, losses, stopping)
             losses, saved_at = [], time.monotonic()
-    return conclude(training, step)
+    conclude(session, step)
+    return step == steps
 
 
 @dataclass(eq=False)
-class Training:
-    """What a run works with. `checkpoint` is the dict of the file `out`, as it was last saved or is to be."""
+class Session:
+    """What the loop works with, until the run ends or is stopped."""
     settings: dict
     out: str
     device: torch.device
-    pictures: NamedTuple
-    rows: np.ndarray           # of the training pictures
-    held_out: np.ndarray       # rows of the held-out ones, in the order in which they are evaluated
+    pictures: "Pictures"
+    training_rows: np.ndarray
+    held_out_rows: np.ndarray  # in the order in which they are evaluated
     model: UNet
     optimizer: torch.optim.Adam
-    checkpoint: dict
+    checkpoint: dict           # of the file `out`, as it was last saved or is to be
     steps: int                 # of the whole run
-    epochs: float              # the same, in passes over the training pictures
-    share: slice               # what this process computes of a batch
     micro_batch: int           # pictures at a time
-    first_step: int            # of this session
-    elapsed_before: float      # seconds of earlier sessions
-    stamp: tuple               # of the file `out`, as this run left it
-    began: float = field(default_factory=time.monotonic)
+    began: float               # the clock at the start, had all earlier sessions come just before this one
+    stamp: int                 # of the file `out`, as this run left it
 
-    def seconds(self):
-        """Seconds since this session began."""
+    def elapsed(self):
+        """Seconds of training, earlier sessions included."""
         return time.monotonic() - self.began
 
     def rate(self, step):
-        """Pictures a second, of this session."""
-        return (step - self.first_step) * self.settings["batch"] / self.seconds()
+        """Pictures a second."""
+        return step * self.settings["batch"] / self.elapsed()
 
-    def save_interval(self, step):
-        """Seconds between two saves: a twelfth of the run, between 30 and 300."""
-        whole = self.seconds() * (self.steps - self.first_step) / (step - self.first_step)
-        return min(300, max(30, whole / 12))
+    def held_out(self, n):
+        """The first n held-out pictures, (n, C, H, W)."""
+        return to_batch(self.pictures.x[self.held_out_rows[:n]], self.device)
 
 
 def prepare(settings, out, device, resume, micro_batch):
-    """Pictures, network and optimiser of a run, new or resumed: a Training. Raises UserError."""
+    """Pictures, network and optimiser of a run, new or resumed: a Session. Raises UserError."""
     batch, seed = settings["batch"], settings["seed"]
-    pictures, rows, held_out_rows = training_data(settings)
-    if resume and resume["fingerprint"] != pictures.fingerprint:
-        raise UserError(f"--data {settings['data']}: these are not the pictures that {out} was trained on; "
-                        "were some added or removed?")
-    mean = (pictures.x[rows[:10_000]].mean((0, 1, 2)) / 255).tolist()          # the mean colour m
+    pictures, training_rows, held_out_rows = training_data(settings)
     torch.manual_seed(seed)                    # the same weights on every process
     model, optimizer = new_network(settings, device)
     if resume:
-        checkpoint = {name: value for name, value in resume.items() if name != "sha256"}
-        checkpoint.setdefault("run", os.urandom(8).hex())
+        checkpoint = resumed_checkpoint(resume, pictures, settings, out)
         restore(model, optimizer, resume, out)
     else:
-        checkpoint = dict(
-            model={name: settings[name] for name in ("width", "channels", "levels")}, size=settings["size"],
-            sigma_max=settings["sigma_max"], mean=mean, fingerprint=pictures.fingerprint, step=0, elapsed=0.0,
-            training={}, curve=[], run=os.urandom(8).hex())
-        first_rows = batch_rows(rows, 0, min(batch, 64), seed)
+        checkpoint = first_checkpoint(settings, pictures, training_rows)
+        first_rows = batch_rows(training_rows, 0, min(batch, 64), seed)
         _, y, _ = noisy_batch(pictures.x, first_rows, 0, seed, settings["sigma_max"], device)
-        initialise(model, y, mean)
+        initialise(model, y, checkpoint["mean"])
     if dist.is_initialized():
         for p in model.parameters():
             dist.broadcast(p.data, 0)
-    pictures_to_see = settings["pictures"] or settings["epochs"] * len(rows)
-    steps = math.ceil(pictures_to_see / batch)
-    if checkpoint["step"] > steps:
-        seen = checkpoint["step"] * batch
-        raise UserError(f"{out}: has seen {seen:,} pictures already, more than that budget")
-    share = share_of_batch(batch)
-    largest = micro_batch or fitting_micro_batch(settings, device)
-    return Training(
-        settings, out, device, pictures, rows, model=model, optimizer=optimizer, checkpoint=checkpoint,
-        held_out=np.random.default_rng((seed, HELD_OUT)).permutation(held_out_rows), steps=steps,
-        epochs=steps * batch / len(rows), share=share,
-        micro_batch=equal_parts(share.stop - share.start, largest), first_step=checkpoint["step"],
-        elapsed_before=checkpoint["elapsed"], stamp=file_stamp(out))
+
+    pictures_to_see = settings["pictures"] or settings["epochs"] * len(training_rows)
+    share = math.ceil(batch / rank_and_processes()[1])
+    return Session(
+        settings, out, device, pictures, training_rows,
+        held_out_rows=np.random.default_rng((seed, HELD_OUT)).permutation(held_out_rows),
+        model=model, optimizer=optimizer, checkpoint=checkpoint,
+        steps=math.ceil(pictures_to_see / batch),
+        micro_batch=equal_parts(share, micro_batch or fitting_micro_batch(settings, device)),
+        began=time.monotonic() - checkpoint["elapsed"], stamp=file_stamp(out))
+
+
+def first_checkpoint(settings, pictures, training_rows):
+    """The dict of a checkpoint before the first step, without weights."""
+    mean = pictures.x[training_rows[:10_000]].mean((0, 1, 2)) / 255            # the mean colour m
+    return dict(model={name: settings[name] for name in ("width", "channels", "levels")},
+                size=settings["size"], sigma_max=settings["sigma_max"], mean=mean.tolist(),
+                fingerprint=pictures.fingerprint, step=0, elapsed=0.0, training={}, curve=[],
+                run=os.urandom(8).hex())
+
+
+def resumed_checkpoint(resume, pictures, settings, out):
+    """The dict of a checkpoint to go on with. UserError if it was trained on other pictures."""
+    if resume["fingerprint"] != pictures.fingerprint:
+        raise UserError(f"--data {settings['data']}: these are not the pictures that {out} was trained on; "
+                        "were some added or removed?")
+    checkpoint = {"run": os.urandom(8).hex(), **resume}    # older files hold no name of the run
+    checkpoint.pop("sha256", None)
+    return checkpoint
 
 
 def new_network(settings, device):
@@ -321,7 +334,7 @@ def restore(model, optimizer, checkpoint, path):
     with explain(path, "cannot be resumed"):
         model.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for p in model.parameters():
+        for p in model.parameters():           # fused Adam would write beyond the end of its own memory
             if optimizer.state[p]["exp_avg"].shape != p.shape:
                 raise ValueError("Adam's state is another network's")
 
@@ -332,81 +345,82 @@ def epoch_order(n, seed, epoch):
     return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
 
 
-def batch_rows(rows, step, batch, seed):
+def batch_rows(training_rows, step, batch, seed):
     """Rows of global batch `step`: epochs laid end to end and cut, so that every picture counts equally."""
-    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), len(rows))
+    n = len(training_rows)
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
     parts = []
     for epoch in np.unique(epochs).tolist():
-        parts.append(rows[epoch_order(len(rows), seed, epoch)[places[epochs == epoch]]])
+        order = epoch_order(n, seed, epoch)
+        parts.append(training_rows[order[places[epochs == epoch]]])
     return np.concatenate(parts)
 
 
-def save(training, step, losses, stopping):
-    """Evaluate (unless the run is to stop at once) and write the checkpoint, the curve and the picture.
+def save(session, step, losses, stopping):
+    """Evaluate (unless the run is to stop early) and write the checkpoint, the curve and the picture.
 
-    A disk that refuses ends the run only at its end: there may be room next time. Raises UserError for
-    weights that are not finite, and if another run has written the file meanwhile.
+    Raises UserError for weights that are not finite, if another run has written the file meanwhile, and if
+    the disk refuses.
     """
     if not main_process():
         return
-    model, checkpoint, settings, out = training.model, training.checkpoint, training.settings, training.out
+    model, checkpoint, out = session.model, session.checkpoint, session.out
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"the weights are not finite after step {step}; {out} is as it was last saved")
-    if file_stamp(out) != training.stamp:
+    if file_stamp(out) != session.stamp:
         raise UserError(f"{out}: another run has written it meanwhile; this one stops after step {step}")
-    seen, complete = step * settings["batch"], step == training.steps
-    elapsed = training.elapsed_before + training.seconds()
-    summary = {**checkpoint["training"], "step": step, "pictures_seen": seen, "loss": float(np.mean(losses)),
-               "minutes": elapsed / 60, "images_per_second": training.rate(step),
-               "training_pictures": len(training.rows), "device": str(training.device)}
-    measured = complete or not stopping
-    if measured:
-        summary |= measure(training)
+    elapsed = session.elapsed()
+    summary = {**checkpoint["training"], "step": step, "pictures_seen": step * session.settings["batch"],
+               "loss": float(np.mean(losses)), "minutes": elapsed / 60,
+               "images_per_second": session.rate(step), "training_pictures": len(session.training_rows),
+               "device": str(session.device)}
+    if not stopping:
+        summary |= measure(session)
         checkpoint["curve"] = [*checkpoint["curve"], summary]
         say_measured(summary)
-    checkpoint |= dict(weights=model.state_dict(), optimizer=training.optimizer.state_dict(), flags=settings,
-                       step=step, elapsed=elapsed, training=summary)
-    try:
-        save_checkpoint(out, checkpoint)
-        training.stamp = file_stamp(out)
-        write_companions(training, measured)
-    except UserError as error:
-        if complete or stopping:
-            raise
-        say(f"{error}; the run goes on")
+    checkpoint |= dict(weights=model.state_dict(), optimizer=session.optimizer.state_dict(),
+                       flags=session.settings, step=step, elapsed=elapsed, training=summary)
+    save_checkpoint(out, checkpoint)
+    session.stamp = file_stamp(out)
+    write_companions(session)
 
 
-def measure(training):
-    """The evaluation on held-out pictures: a dict of numbers for the curve."""
-    x = to_batch(training.pictures.x[training.held_out[:256]], training.device)
-    sigma_max = training.settings["sigma_max"]
-    sigmas = [sigma for sigma in SIGMAS if sigma <= sigma_max] or [sigma_max]
-    psnr_of = evaluate(training.model, x, sigmas, training.micro_batch)
-    use_sigmas = [sigma for sigma in (0.1, 0.3, 0.5, 1.0) if sigma in sigmas] or sigmas
-    use_of = use_of_M(training.model, x[:128], use_sigmas, training.micro_batch)
-    distances = torch.pdist(fixed_phi(training.model, x[:64]).cpu())
-    numbers = {"psnr": {sigma: float(values.mean()) for sigma, values in psnr_of.items()},
-               "use": {sigma: mean_error(values)[0] for sigma, values in use_of.items()},
-               "use_error": {sigma: mean_error(values)[1] for sigma, values in use_of.items()},
-               **variety(fixed_phi(training.model, x, 2))}
-    if len(distances):
-        numbers["phi_distance"] = float(distances.mean())                      # what sample.py compares with
-    return numbers
+def measure(session):
+    """The evaluation on held-out pictures, 256 at most: a dict of numbers for the curve.
+
+    `phi_distance` is the mean distance between the φ of two pictures, to compare sample.py's distances with.
+    """
+    model, sigma_max, micro_batch = session.model, session.settings["sigma_max"], session.micro_batch
+    x = session.held_out(256)
+    numbers = {"psnr": {}, "use": {}, "use_error": {}}
+    for sigma, values in evaluate(model, x, known_sigmas(SIGMAS, sigma_max), micro_batch).items():
+        numbers["psnr"][sigma] = float(values.mean())
+    use_of = use_of_M(model, x[:128], known_sigmas(USE_SIGMAS, sigma_max), micro_batch)
+    for sigma, values in use_of.items():
+        numbers["use"][sigma], numbers["use_error"][sigma] = mean_error(values)
+    code = fixed_phi(model, x[:64]).cpu()                                      # (64, d)
+    if len(code) > 1:
+        numbers["phi_distance"] = float(torch.pdist(code).mean())
+    return numbers | variety(code)
 
 
-def write_companions(training, measured):
+def known_sigmas(sigmas, sigma_max):
+    """Those of the noise levels that the network is trained for; σ_max if none is."""
+    return [sigma for sigma in sigmas if sigma <= sigma_max] or [sigma_max]
+
+
+def write_companions(session):
     """The curve, a line of JSON an evaluation, and rows of held-out pictures: clean, noisy, denoised."""
-    run_name = training.checkpoint["run"]
-    lines = [json.dumps({"run": run_name, **numbers}) + "\n" for numbers in training.checkpoint["curve"]]
-    curve_path, picture_path = companions(training.out)
+    run_name = session.checkpoint["run"]
+    curve_path, picture_path = companions(session.out)
     with write(curve_path) as file:
-        file.write("".join(lines).encode())
-    if measured:
-        x = to_batch(training.pictures.x[training.held_out[:8]], training.device)
-        mark = PngImagePlugin.PngInfo()
-        mark.add_text("run", run_name)                     # a resumed run may replace what bears its name
-        with write(picture_path) as file:
-            draw_evaluation(training.model, x).save(file, "png", pnginfo=mark)
+        for numbers in session.checkpoint["curve"]:
+            line = json.dumps({"run": run_name, **numbers})
+            file.write(f"{line}\n".encode())
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("run", run_name)                         # a resumed run may replace what bears its name
+    with write(picture_path) as file:
+        draw_evaluation(session.model, session.held_out(8)).save(file, "png", pnginfo=mark)
 
 
 def companions(out):
@@ -417,75 +431,65 @@ def companions(out):
 @torch.no_grad()
 def draw_evaluation(model, x):
     """Held-out pictures x (≤ 8, C, H, W): clean, noisy and denoised at three σ. A PIL image."""
-    rows = [("clean", x)]
+    sheet = [("clean", x)]
     for k, sigma in enumerate((0.1, 0.3, 0.7)):
         y = x + sigma * torch.randn(x.shape, generator=seeded(x.device, HELD_OUT, k), device=x.device)
-        rows += [(f"σ {sigma:g}", y), ("denoised", model(y))]
-    return picture_rows(rows, side=96)
+        sheet += [(f"σ {sigma:g}", y), ("denoised", model(y))]
+    return picture_rows(sheet, side=96)
 
 
-def describe(training):
+def describe(session):
     """Say at the start what will be done, with what."""
-    settings, pictures, size = training.settings, training.pictures, training.settings["size"]
-    parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
+    settings, classes, size = session.settings, session.pictures.classes, session.settings["size"]
+    parameters = sum(p.numel() for p in session.model.parameters()) / 1e6
     sees = receptive_field(settings["levels"])
-    say(f"device    {training.device}, {settings['precision']}, processes: {processes()}")
+    say(f"device    {session.device}, {settings['precision']}, processes: {rank_and_processes()[1]}")
     say(f"network   width {settings['width']}, {settings['levels']} levels, {parameters:.2f} M parameters; "
         f"M sees {sees}×{sees} pixels")
     if sees < size:
         say(f"warning: that is less than the picture, {size}×{size}; φ will be local")
-    say(f"pictures  {len(training.rows)} to train on, {len(training.held_out)} held out, {size}×{size}, "
-        f"{settings['channels']} channels; {names_of_classes(pictures.classes)}")
-    say(f"run       {training.steps * settings['batch']:,} pictures to see, batch {settings['batch']} in "
-        f"micro-batches of {training.micro_batch}")
-    if training.first_step:
-        say(f"resumed   at step {training.first_step} of {training.steps}")
-
-
-def names_of_classes(classes):
-    """A few of the classes, so that one sees whether they are what was meant."""
-    if not classes:
-        return "no classes"
-    names = ", ".join(classes[:3])
-    if len(classes) > 3:
-        names += ", …"
-    return f"{len(classes)} classes: {names}"
+    say(f"pictures  {len(session.training_rows)} to train on, {len(session.held_out_rows)} held out, "
+        f"{size}×{size}, {settings['channels']} channels")
+    if classes:
+        say(f"classes   {len(classes)}: {', '.join(classes[:5])} …")
+    say(f"run       {session.steps} steps of {settings['batch']} pictures, {session.micro_batch} at a time, "
+        f"from step {session.checkpoint['step']}")
 
 
 def say_measured(numbers):
-    """One line for an evaluation; σ = 0.5 stands for all where the network knows it."""
-    psnr_text = " ".join(f"{value:.1f}" for value in numbers["psnr"].values())
-    sigma = 0.5 if 0.5 in numbers["use"] else max(numbers["use"])
-    use, error = numbers["use"][sigma], numbers["use_error"][sigma]
-    say(f"{numbers['pictures_seen']:,} pictures seen: PSNR {psnr_text} dB; use of M {use:.2f} ± {error:.2f} "
-        f"dB at σ {sigma:g}; cosine of φ {numbers['cosine']:.2f}")
+    """Say what an evaluation has measured."""
+    say(f"{numbers['pictures_seen']:,} pictures seen; cosine of φ of two pictures {numbers['cosine']:.2f}")
+    psnr_of = [f"{value:.2f} (σ {sigma:g})" for sigma, value in numbers["psnr"].items()]
+    say(f"  PSNR      {', '.join(psnr_of)} dB")
+    use_of = []
+    for sigma, value in numbers["use"].items():
+        use_of.append(f"{value:.2f} ± {numbers['use_error'][sigma]:.2f} (σ {sigma:g})")
+    say(f"  use of M  {', '.join(use_of)} dB")
 
 
-def conclude(training, step):
-    """Say at the end how it went and what comes next; True if the run is complete."""
-    complete, out = step == training.steps, shlex.quote(training.out)
-    done = f"{step} steps, {step * training.settings['batch']:,} pictures"
-    if step == training.first_step:
-        say(f"{out}: already complete ({done}); a larger --pictures or --epochs makes it longer")
-        return complete
-    if complete:
-        sigmas = ", ".join(f"{sigma:g}" for sigma in training.checkpoint["training"].get("psnr", {}))
-        say(f"complete after {done}; PSNR above is of held-out pictures, at σ = {sigmas}")
-        say(f"next: python sample.py {out} and python analyze.py {out}")
+def conclude(session, step):
+    """Say at the end how it went and what comes next."""
+    out, done = shlex.quote(session.out), f"{step} steps, {step * session.settings['batch']:,} pictures"
+    say(f"wrote {session.out}, and beside it its curve (.jsonl) and pictures (.png)")
+    if step == session.steps:
+        say(f"complete after {done}; next: python sample.py {out} and python analyze.py {out}")
     else:
         say(f"stopped after {done}; go on with: python train.py --out {out} --resume")
-    say(f"wrote {training.out}, and beside it its curve (.jsonl) and pictures (.png)")
-    return complete
 
 
 # Memory, files and processes
 
+def rank_and_processes():
+    """The number of this process, and of how many that train together; one, unless torchrun started more."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def share_of_batch(batch):
-    """What this process computes of a global batch, a slice: all, unless torchrun has started several."""
-    if not dist.is_initialized():
-        return slice(0, batch)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return slice(rank * batch // world, (rank + 1) * batch // world)
+    """What this process computes of a global batch, a slice."""
+    rank, processes = rank_and_processes()
+    return slice(rank * batch // processes, (rank + 1) * batch // processes)
 
 
 def equal_parts(n, largest):
@@ -496,28 +500,19 @@ def equal_parts(n, largest):
 
 def fitting_micro_batch(settings, device):
     """Pictures whose activations fit: 256 MiB on a CPU (more is no faster), half of a GPU's free memory."""
-    width, levels, size = settings["width"], settings["levels"], settings["size"]
-    # per level 8 layers, each kept before and after its normalisation, and three maps' worth of concatenation
-    values = 6 * width * 2 ** levels * (size // 2 ** levels) ** 2
-    for k in range(levels):
-        values += 19 * width * 2 ** k * (size // 2 ** k) ** 2
     room = 2 ** 28
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0] // 2
+    # a level keeps about 19 maps of its channels, and each level is half the size of the one above it
+    values = 36 * settings["width"] * settings["size"] ** 2
     return max(1, room // (4 * values))
 
 
 def file_stamp(path):
-    """What changes when another program writes the file; None if there is none."""
+    """When a file was last written, in nanoseconds; None if there is none."""
     if not os.path.exists(path):
         return None
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def processes():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return os.stat(path).st_mtime_ns
 
 
 def over_processes(value, device, op=dist.ReduceOp.SUM):
@@ -544,7 +539,8 @@ def add_gradients(model):
 
 # Evaluation, on held-out pictures: is it learning, and through M?
 
-SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels of the evaluation
+SIGMAS = 0.05, 0.1, 0.2, 0.3, 0.5, 1.0         # noise levels at which PSNR is measured
+USE_SIGMAS = 0.1, 0.3, 0.5, 1.0                # and the use of M
 
 
 def psnr(x_hat, x):
@@ -564,16 +560,16 @@ def evaluate(model, x, sigmas=SIGMAS, micro_batch=128, swap_M=False):
         y, parts = x + sigma * z, []
         y_before = y.roll(1, 0)
         for i in range(0, len(x), micro_batch):
-            rows = slice(i, i + micro_batch)
-            maps, skips = model.encode(y[rows])
+            some = slice(i, i + micro_batch)
+            maps, skips = model.encode(y[some])
             if swap_M:
-                maps, _ = model.encode(y_before[rows])
-            parts.append(psnr(model.decode(maps, skips), x[rows]))
+                maps, _ = model.encode(y_before[some])
+            parts.append(psnr(model.decode(maps, skips), x[some]))
         values[sigma] = torch.cat(parts).cpu().numpy()
     return values
 
 
-def use_of_M(model, x, sigmas=(0.1, 0.3, 0.5, 1.0), micro_batch=128):
+def use_of_M(model, x, sigmas=USE_SIGMAS, micro_batch=128):
     """{σ: dB of PSNR that each picture loses when its M-maps are another picture's, (N,)}; x: (N, C, H, W).
 
     0: the decoder does not listen to M, and φ, whatever it says about pictures, is not what denoises them.
@@ -619,9 +615,10 @@ class Pictures(NamedTuple):
 def training_data(settings):
     """(Pictures, training rows, held-out rows) for the settings of a run. Errors: as `load_pictures`."""
     pictures = load_pictures(settings["data"], settings["size"], settings["channels"], settings["patches"])
-    rows, held_out = split(pictures, settings["val"], settings["seed"])
-    rows = training_part(pictures, rows, settings["subset"], settings["limit"], settings["seed"])
-    return pictures, rows, held_out[np.argsort(pictures.hashes[held_out])]
+    training_rows, held_out_rows = split(pictures, settings["val"], settings["seed"])
+    training_rows = training_part(pictures, training_rows, settings["subset"], settings["limit"],
+                                  settings["seed"])
+    return pictures, training_rows, held_out_rows[np.argsort(pictures.hashes[held_out_rows])]
 
 
 def load_pictures(data=None, size=64, channels=3, patches=False):
@@ -634,17 +631,9 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
         source = np.arange(len(x))
         paths = [f"{data or 'built-in'}#{i}" for i in range(len(x))]
     else:
-        files, arrays = list_pictures(data)
-        if files:
-            x, source = read_files(files, data, size, channels, patches)
-            names, class_names = files, class_folders(files, data)
-        else:
-            x, source, names, class_names = read_arrays(arrays, size, channels, patches)
-        if patches and not any(class_names):
-            class_names = [Path(name).stem for name in names]
-        classes = sorted(set(class_names) - {None}, key=in_order)
-        number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
-        labels = np.array([number_of[name] for name in class_names])[source]
+        x, source, names, class_names = read_pictures(data, size, channels, patches)
+        labels, classes = numbered(class_names)
+        labels = labels[source]
         paths = [names[s] for s in source]
         if patches:
             tile = np.arange(len(x)) - np.searchsorted(source, source)
@@ -657,18 +646,6 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
     return Pictures(x, paths, labels, classes, groups, hashes, digest(np.sort(hashes)).hex())
 
 
-def digest(array):
-    """A hash of 8 bytes."""
-    return hashlib.blake2b(array.tobytes(), digest_size=8).digest()
-
-
-def in_order(name):
-    """The key that sorts class "10" behind "9"."""
-    if name.isdigit():
-        return (len(name), name)
-    return (0, name)
-
-
 def is_synthetic(data):
     """Does --data name pictures that are computed? What exists on the disk is read."""
     if data is None:
@@ -676,16 +653,48 @@ def is_synthetic(data):
     return (data == "disc" or data.startswith("calpha:")) and not os.path.exists(data)
 
 
-SKIPPED_FOLDERS = {"@eadir", "__macosx"}
+def digest(array):
+    """A hash of 8 bytes."""
+    return hashlib.blake2b(array.tobytes(), digest_size=8).digest()
+
+
+def numbered(class_names):
+    """Class names, "" for no class -> numbers (n,), −1 for no class, and the names in their order."""
+    classes = sorted(set(class_names) - {""})
+    number_of = {name: k for k, name in enumerate(classes)}
+    return np.array([number_of.get(name, -1) for name in class_names]), classes
+
+
+def read_pictures(data, size, channels, patches):
+    """Read a folder or an array file: x (N, size, size, channels) uint8, (N,) sources, their names, classes.
+
+    A source is a picture file or a row of an array; its class is a string, or "". UserError if there is no
+    picture.
+    """
+    files, arrays = list_pictures(data)
+    if arrays:
+        sources, names, class_names = read_arrays(arrays)
+        if sources.shape[1:] == (size, size, channels):
+            return sources, np.arange(len(sources)), names, class_names        # a .npy stays on the disk
+    else:
+        sources, names, class_names = files, files, class_folders(files, data)
+        if patches and not any(class_names):
+            class_names = [Path(file).stem for file in files]
+    with warnings.catch_warnings(action="ignore"):         # Pillow's, of large files and odd EXIF
+        x, source = decode_all(sources, names, size, channels, patches)
+    if not len(x):
+        raise UserError(f"--data {data}: none of what is there could be used as a picture")
+    return x, source, names, class_names
+
+
+HIDDEN = ".", "@eaDir", "__MACOSX"             # files and folders whose names start so are no pictures
 NO_CLASSES = {"train", "val", "valid", "validation", "test", "images"}
 
 
 def list_pictures(data):
     """The picture files below a folder, and the array files (.npz in a folder; `data` itself if a file).
 
-    Everything that Pillow can open is a picture file. Hidden files and folders are passed over, links
-    followed once; what else is passed over is counted in one line. Raises UserError if there is nothing, or
-    both kinds.
+    Everything that Pillow can open is a picture file. Raises UserError if there is nothing, or both kinds.
     """
     if not os.path.exists(data):
         raise UserError(f"--data {data}: there is no such file or folder")
@@ -693,22 +702,13 @@ def list_pictures(data):
         if not data.lower().endswith((".npy", ".npz")):
             raise UserError(f"--data {data}: must be a folder of pictures, or a .npy or .npz file")
         return [], [data]
-    Image.init()
-    readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files, arrays, passed_over = [], [], Counter()
-    for path in walk(data):
-        ending = os.path.splitext(path)[1]
-        if not os.path.isfile(path):                       # a FIFO would be waited for
-            passed_over["no regular file"] += 1
-        elif ending.lower() in readable:
-            files.append(path)
-        elif ending.lower() == ".npz":
-            arrays.append(path)
-        else:
-            passed_over[ending or "without an extension"] += 1
-    if passed_over:
-        kinds = ", ".join(f"{n} {ending}" for ending, n in passed_over.most_common(8))
-        say(f"passed over in {data}: {kinds}")
+    endings = Image.registered_extensions().items()
+    readable = {ending for ending, name in endings if name in Image.OPEN}
+    paths = walk(data)
+    files = [path for path in paths if os.path.splitext(path)[1].lower() in readable]
+    arrays = [path for path in paths if path.lower().endswith(".npz")]
+    if len(files) + len(arrays) < len(paths):
+        say(f"passed over {len(paths) - len(files) - len(arrays)} files in {data} that are no pictures")
     if files and arrays:
         raise UserError(f"--data {data}: holds {len(files)} picture files and {len(arrays)} .npz files; "
                         "keep one kind")
@@ -718,25 +718,21 @@ def list_pictures(data):
 
 
 def walk(folder):
-    """All files below a folder but hidden ones, sorted; links are followed once. Raises UserError."""
-    def unreadable(error):
-        if isinstance(error, PermissionError):             # a whole class may lie there
-            raise UserError(f"--data {folder}: {error.filename} cannot be read") from None
-
+    """All regular files below a folder but hidden ones, sorted; links are followed once."""
     paths, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+    for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:                                   # a link may lead back up
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [f for f in folders if not f.startswith(".") and f.lower() not in SKIPPED_FOLDERS]
-        paths += [os.path.join(root, f) for f in files if not f.startswith(".")]
-    return sorted(paths)
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        paths += [os.path.join(root, name) for name in files if not name.startswith(HIDDEN)]
+    return sorted(filter(os.path.isfile, paths))           # a FIFO would be waited for
 
 
 def class_folders(files, data):
-    """The class of every file: the first sub-folder that tells files apart, or None.
+    """The class of every file: the first sub-folder that tells files apart, or "".
 
     `train`, `val`, `images` and the like tell no classes, nor does a folder in which all files lie.
     """
@@ -746,191 +742,113 @@ def class_folders(files, data):
         folders.append([part for part in parts if part.lower() not in NO_CLASSES])
     while all(folders) and len({parts[0] for parts in folders}) == 1:
         folders = [parts[1:] for parts in folders]
-    return [parts[0] if parts else None for parts in folders]
+    return ["".join(parts[:1]) for parts in folders]
 
 
-def cores():
-    """The CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def decode_all(sources, names, size, channels, patches):
+    """Decode sources in parallel: x (N, size, size, channels) uint8, and the source of each (N,).
 
-
-def read_files(files, data, size, channels, patches):
-    """Picture files, decoded in parallel: x (N, size, size, channels) uint8, and the file's number of each.
-
-    The array is filled directly: the data are never in memory twice. Says what could not be used.
+    x is filled directly, so pictures of files are never in memory twice. Says what could not be used.
     """
-    counts = np.ones(len(files), int)
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(min(8, cores())) as pool:
-        if patches:
-            counts = np.array(list(pool.map(functools.partial(count_tiles, size=size), files)), int)
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        x = np.empty((starts[-1], size, size, channels), np.uint8)
-        notes = Notes()
+    counts, skipped = np.ones(len(sources), int), []
+    if patches:
+        counts = np.array([count_tiles(source, size) for source in sources])
+    starts = np.cumsum(counts) - counts
+    x = np.empty((counts.sum(), size, size, channels), np.uint8)
 
-        def read_block(first):
-            """64 files; how many pictures each has given."""
-            read = []
-            for i in range(first, min(first + 64, len(files))):
-                try:
-                    with Image.open(files[i]) as image:
-                        tiles = to_pixels(image, size, channels, patches, notes)
-                    x[starts[i]:starts[i] + len(tiles)] = tiles
-                    read.append(len(tiles))
-                except Exception as error:     # damaged files raise nearly anything, by format
-                    notes.skipped.append(f"{files[i]}: {error}")
-                    read.append(0)
-            return read
+    def decode(i):
+        try:
+            with open_image(sources[i]) as image:
+                x[starts[i]:starts[i] + counts[i]] = to_pixels(image, size, channels, patches)
+        except Exception as error:             # damaged files raise nearly anything, by format
+            skipped.append(f"{names[i]}: {error}")
+            counts[i] = 0
 
-        progress, read = Progress(), []
-        for block in pool.map(read_block, range(0, len(files), 64)):
-            read += block
-            progress(len(read) / len(files), "reading pictures")
+    with ThreadPoolExecutor(8) as pool:
+        progress = Progress()
+        for first in range(0, len(sources), 1024):
+            last = min(first + 1024, len(sources))
+            list(pool.map(decode, range(first, last)))
+            progress(last / len(sources), "reading pictures")
+    if skipped:
+        say(f"skipped {len(skipped)} of {len(sources)} pictures: {'; '.join(skipped[:3])}")
     n = 0
-    for start, count in zip(starts, read):     # what was skipped has left gaps
+    for start, count in zip(starts, counts):   # what was skipped has left gaps
         x[n:n + count] = x[start:start + count]
         n += count
-    notes.report(data, len(files))
-    if not n:
-        raise UserError(f"--data {data}: none of its {len(files)} files could be used as a picture")
-    return x[:n], np.repeat(np.arange(len(files)), read)
+    return x[:n], np.repeat(np.arange(len(sources)), counts)
 
 
-class Notes:
-    """What reading pictures has to tell: files that were skipped, 16-bit pixels, files of several pages."""
-
-    def __init__(self):
-        self.skipped, self.several_pages, self.largest_values = [], [], []
-
-    def look_at(self, image):
-        """A PIL image, before it is decoded to 8 bits."""
-        if getattr(image, "is_animated", False):
-            self.several_pages.append(image.filename)
-        if image.mode.startswith("I"):
-            self.largest_values.append(int(np.asarray(image).max()))
-
-    def report(self, data, files):
-        """Say it, a line each."""
-        if self.skipped:
-            say(f"skipped {len(self.skipped)} of {files} files: {'; '.join(self.skipped[:3])}")
-        if self.several_pages:
-            say(f"{len(self.several_pages)} files have several pages; only the first of each is read")
-        largest = max(self.largest_values, default=65535)
-        if not 4096 <= largest <= 65535:
-            say(f"warning: the largest value of the 16-bit pictures in {data} is {largest}, of 65535: they "
-                "come out black or white; rescale them to 0 … 65535 first")
+def open_image(source):
+    """A picture file, or a row of an array (H, W, C), as a PIL image."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(np.repeat(source, 3 // source.shape[2], axis=2))
+    return Image.open(source)
 
 
-def count_tiles(file, size):
-    """How many size×size tiles a picture file holds, from its header; 0 if it cannot be read."""
+def count_tiles(source, size):
+    """How many size×size tiles a source holds, from its header; 0 if it cannot be read."""
     try:
-        with Image.open(file) as image:
+        with open_image(source) as image:
             return (image.width // size) * (image.height // size)
-    except Exception:                          # damaged files raise nearly anything; they are skipped later
+    except Exception:                          # `decode` says why
         return 0
 
 
-class ArrayFile(NamedTuple):
-    """Pictures in a .npy or .npz file, before they are read."""
-    file: str
-    name: str               # of the array in a .npz, "" for a .npy
-    shape: tuple            # (N, H, W, C) of the pictures
-    class_names: list       # N strings or None
+def read_arrays(files):
+    """Pictures of .npy and .npz files, (N, H, W, C) uint8, their names and classes. Or a UserError.
 
-
-def read_arrays(files, size, channels, patches):
-    """Pictures of .npy and .npz files: x, the number of the source of each (N,), the sources' names, classes.
-
-    A single array whose pictures fit is x as it is (a .npy stays on the disk); else x is filled directly,
-    from one file after the other. Raises UserError for files that hold no pictures.
+    Several files are joined, which takes twice their memory for a moment.
     """
-    arrays, names, class_names = [], [], []
+    parts, names, class_names = [], [], []
     for file in files:
         with explain(file, "not a whole .npy or .npz file of pictures"):
-            arrays.append(find_array(file))
-        names += [f"{file}#{i}" for i in range(arrays[-1].shape[0])]
-        class_names += arrays[-1].class_names
-    if len(arrays) == 1 and arrays[0].shape[1:] == (size, size, channels):
-        return load_array(arrays[0]), np.arange(len(names)), names, class_names
-    tiles = [(array.shape[1] // size) * (array.shape[2] // size) if patches else 1 for array in arrays]
-    counts = np.repeat(tiles, [array.shape[0] for array in arrays])
-    if not counts.sum():
-        raise UserError(f"{files[0]}: its pictures hold no {size}×{size} tile")
-    x, n, progress = np.empty((counts.sum(), size, size, channels), np.uint8), 0, Progress()
-    for array, count in zip(arrays, tiles):
-        for picture in load_array(array):      # (H, W, C)
-            if picture.shape == x.shape[1:]:
-                x[n] = picture
-            elif count:
-                image = Image.fromarray(np.repeat(picture, 3 // picture.shape[2], axis=2))
-                x[n:n + count] = to_pixels(image, size, channels, patches)
-            n += count
-            progress(n / len(x), "reading pictures")
-    return x, np.repeat(np.arange(len(names)), counts), names, class_names
+            part, labels = load_array(file)
+        parts.append(part)
+        names += [f"{file}#{i}" for i in range(len(part))]
+        class_names += labels
+    if len(parts) == 1:
+        return parts[0], names, class_names
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise UserError(f"{files[0]}: the pictures of other files beside it have another shape")
+    return np.concatenate(parts), names, class_names
 
 
-def find_array(file):
-    """Which array of a .npy or .npz file holds the pictures: an ArrayFile. ValueError if none or several do.
+def load_array(file):
+    """A .npy or .npz file: its pictures, (N, H, W, C), and N class names. ValueError if it holds none.
 
-    In a .npz: `data`, `images`, `x_train`, `arr_0`, or the only one that can be pictures; `labels` are its
-    classes.
+    In a .npz the pictures are `data`, `images`, `x_train` or `arr_0`; integers `labels` (N,) are classes.
     """
-    if file.lower().endswith(".npy"):
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-        return ArrayFile(file, "", picture_shape(array.shape, array.dtype), [None] * len(array))
-    shapes, refused = {}, []
-    with zipfile.ZipFile(file) as archive:
-        for member in archive.namelist():
-            name = member.removesuffix(".npy")
-            try:
-                with archive.open(member) as header:
-                    np.lib.format.read_magic(header)
-                    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-                shapes[name] = picture_shape(shape, dtype)
-            except ValueError as error:
-                refused.append(f"{name} ({error})")
-    known_names = [name for name in ("data", "images", "x_train", "arr_0") if name in shapes]
-    if not shapes:
-        raise ValueError("no array of pictures: " + "; ".join(refused))
-    if len(shapes) > 1 and not known_names:
-        raise ValueError(f"which are the pictures? {', '.join(shapes)}: name one of them `data`")
-    name = (known_names or list(shapes))[0]
-    shape, class_names = shapes[name], [None] * shapes[name][0]
-    with np.load(file, allow_pickle=False) as arrays:
-        if "labels" in arrays:
-            labels = arrays["labels"]
-            if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-                raise ValueError(f"labels must be {shape[0]} integers, not {labels.dtype} {labels.shape}")
-            class_names = [str(label) if label >= 0 else None for label in labels]
-    say(f"reading {name} of {file}: {shape[0]:,} pictures of {shape[2]}×{shape[1]}, {shape[3]} channels")
-    return ArrayFile(file, name, shape, class_names)
+    arrays = np.load(file, mmap_mode="r", allow_pickle=False)
+    if isinstance(arrays, np.ndarray):
+        return as_pictures(arrays), [""] * len(arrays)
+    names = [name for name in ("data", "images", "x_train", "arr_0") if name in arrays]
+    if not names:
+        raise ValueError(f"which are the pictures? {', '.join(arrays)}: name one of them `data`")
+    say(f"reading {names[0]} of {file}")
+    x = as_pictures(arrays[names[0]])
+    if "labels" not in arrays:
+        return x, [""] * len(x)
+    labels = arrays["labels"]
+    if labels.dtype.kind not in "iu" or labels.shape != (len(x),):
+        raise ValueError(f"labels must be {len(x)} integers, not {labels.dtype} {labels.shape}")
+    return x, [str(label) for label in labels]
 
 
-def picture_shape(shape, dtype):
-    """(N, H, W, C) of an array of uint8 pictures; ValueError if it cannot be one."""
-    if dtype == np.uint8 and len(shape) == 2:
-        side = math.isqrt(shape[1] // 3)
-        if side and shape[1] == 3 * side * side:           # ImageNet64: all red, all green, all blue
-            return shape[0], side, side, 3
-    if dtype == np.uint8 and len(shape) == 3 and shape[2] not in (1, 3):       # else one picture (H, W, C)
-        return *shape, 1
-    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
-        return shape
+def as_pictures(array):
+    """A uint8 array of pictures in any known layout -> (N, H, W, C), a view. Else a ValueError."""
+    shape = array.shape
+    if array.dtype == np.uint8 and len(array):
+        if array.ndim == 2:                    # ImageNet64: all red, all green, all blue
+            side = math.isqrt(shape[1] // 3)
+            if shape[1] == 3 * side ** 2:
+                return array.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+        if array.ndim == 3 and shape[2] not in (1, 3):     # else one picture (H, W, C)
+            return array[..., None]
+        if array.ndim == 4 and shape[3] in (1, 3):
+            return array
     raise ValueError("pictures must be uint8 of shape (N, H, W), (N, H, W, 1 or 3) or (N, 3·side²), not "
-                     f"{dtype} {shape}")
-
-
-def load_array(array):
-    """The pictures of an ArrayFile, (N, H, W, C) uint8."""
-    pixels = np.load(array.file, mmap_mode="r", allow_pickle=False)
-    if array.name:
-        with explain(array.file, "not a whole .npz file"):
-            pixels = pixels[array.name]
-    if pixels.ndim == 2:
-        n, height, width, channels = array.shape
-        return pixels.reshape(n, channels, height, width).transpose(0, 2, 3, 1)
-    return pixels.reshape(array.shape)
+                     f"{array.dtype} {shape}")
 
 
 def load_picture(path, size=None, channels=3, patches=False):
@@ -949,13 +867,11 @@ def load_picture(path, size=None, channels=3, patches=False):
             return to_pixels(image, size, channels, patches)[0]
 
 
-def to_pixels(image, size, channels, patches=False, notes=None):
+def to_pixels(image, size, channels, patches=False):
     """A PIL image -> (1, size, size, channels) uint8: the central square, resized with antialiasing.
 
     With `patches`: all its k size×size tiles at full resolution, (k, …); ValueError if there is none.
     """
-    if notes:
-        notes.look_at(image)
     if not patches:                            # a large JPEG is decoded at a fraction, at least 2·size
         image.draft(None, (2 * size, 2 * size))
         square = ImageOps.fit(flatten(image, channels), (size, size), Image.BICUBIC)
@@ -988,7 +904,7 @@ def flatten(image, channels):
 
 # A.2, Pictures: what is held out
 
-def join_groups(source, hashes, joins=True):
+def join_groups(source, hashes, joins):
     """Group of every picture (N,): those cut from one file, and exact duplicates, share one, transitively.
 
     source: (N,) index of the file. hashes: (N,) uint64 of the pixels. joins: (N,) bool, whether a picture's
@@ -996,8 +912,7 @@ def join_groups(source, hashes, joins=True):
     on the pictures alone, not on their names or order.
     """
     hashes = hashes.copy()
-    alone = ~np.broadcast_to(joins, hashes.shape)
-    for value in np.unique(hashes[alone]):                 # each gets a hash of its own
+    for value in np.unique(hashes[~joins]):                # each gets a hash of its own
         same = np.flatnonzero(hashes == value)
         hashes[same] += np.arange(len(same), dtype=np.uint64)
     copies = np.unique(hashes, return_inverse=True)[1]
@@ -1022,17 +937,17 @@ def split(pictures, val=0.05, seed=0):
     if len(members) < 2:
         raise UserError("only one distinct picture: nothing to hold out (tiles of one picture stay together)")
     room = min(max(1, round(val * len(pictures.x))), 2000, len(pictures.x) - 1)
-    held_out, training = [], []
+    training_groups, held_out_groups = [], []
     for group in members:
         if len(group) <= room:
-            held_out.append(group)
+            held_out_groups.append(group)
             room -= len(group)
         else:
-            training.append(group)
-    if not held_out:                           # every group is larger than asked for: the smallest one, then
-        smallest = min(range(len(training)), key=lambda g: len(training[g]))
-        held_out.append(training.pop(smallest))
-    return np.concatenate(training), np.concatenate(held_out)
+            training_groups.append(group)
+    if not held_out_groups:                    # every group is larger than asked for: the smallest one, then
+        smallest = np.argmin([len(group) for group in training_groups])
+        held_out_groups.append(training_groups.pop(smallest))
+    return np.concatenate(training_groups), np.concatenate(held_out_groups)
 
 
 def group_members(groups, rows, seed):
@@ -1043,15 +958,15 @@ def group_members(groups, rows, seed):
     return [members[i] for i in np.random.default_rng(seed).permutation(len(members))]
 
 
-def training_part(pictures, rows, subset=None, limit=None, seed=0):
+def training_part(pictures, training_rows, subset=None, limit=None, seed=0):
     """Paper B's training sets: one half of the training rows (no group in both), at most `limit` of them.
 
     A smaller limit's are among a larger one's. UserError if nothing is left.
     """
-    members = group_members(pictures.groups, rows, seed)
+    members = group_members(pictures.groups, training_rows, seed)
     if subset:
         sizes = np.cumsum([len(group) for group in members])
-        half = np.argmin(abs(sizes - len(rows) / 2)) + 1
+        half = np.argmin(abs(sizes - len(training_rows) / 2)) + 1
         members = members[:half] if subset == "first" else members[half:]
     if not members:
         raise UserError(f"--subset {subset}: too few distinct pictures for two halves")
@@ -1134,6 +1049,11 @@ NOISES = {"blobs": blobs, "labyrinth": labyrinth}
 BUILTIN_CLASSES = [*LATTICES, *SCATTERED, *NOISES]
 
 
+def turned(x, y, angle):
+    """Coordinates x, y in axes that are turned by an angle."""
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
 def random_field(name, m, size, rng):
     """m random fields of one class, (m, size, size), low inside its things."""
     def uniform(low, high):
@@ -1151,14 +1071,13 @@ def random_field(name, m, size, rng):
     if name in ("rings", "stars"):                         # large enough to show what is in them
         period = 1.6 * period
     x, y = x - uniform(0, 1), y - uniform(0, 1)
-    p = (x * np.cos(angle) + y * np.sin(angle)) / period                       # (m, size, size)
-    q = (y * np.cos(angle) - x * np.sin(angle)) / period
+    x, y = turned(x, y, angle)
+    p, q = x / period, y / period              # (m, size, size)
     row, column = np.floor(p).astype(int), np.floor(q).astype(int)
     jitter = rng.uniform(0, 1, (3, m, 8, 8)).astype(np.float32)                # of each cell; it repeats
     down, across, turn = jitter[:, np.arange(m)[:, None, None], row % 8, column % 8]
     s, t = p - row - 0.38 - 0.24 * down, q - column - 0.38 - 0.24 * across
-    turn = 2 * np.pi * turn
-    return LATTICES[name](s * np.cos(turn) + t * np.sin(turn), t * np.cos(turn) - s * np.sin(turn))
+    return LATTICES[name](*turned(s, t, 2 * np.pi * turn))
 
 
 def paint(field, rng, channels):
@@ -1206,15 +1125,14 @@ def synthetic_pictures(data, size, channels, n=20_000):
     """
     if data is None:
         return builtin_pictures(n, size, channels)
-    rng, parts, alpha = np.random.default_rng(0), [], data.partition(":")[2]
-    if data != "disc" and not (alpha.replace(".", "", 1).isdecimal() and 0 < float(alpha) < 100):
+    rng, alpha = np.random.default_rng(0), data.partition(":")[2]
+    if data == "disc":
+        parts = [disc_pictures(500, size, rng) for _ in range(n // 500)]
+    elif alpha.replace(".", "", 1).isdecimal() and 0 < float(alpha) < 100:
+        parts = [calpha_pictures(500, size, rng, float(alpha)) for _ in range(n // 500)]
+    else:
         raise UserError(f"--data {data}: the A of calpha:A must be a positive number, as in calpha:2")
-    for _ in range(0, n, 500):
-        if data == "disc":
-            parts.append(disc_pictures(500, size, rng))
-        else:
-            parts.append(calpha_pictures(500, size, rng, float(alpha)))
-    return np.repeat(np.concatenate(parts)[:n], channels, axis=-1), np.full(n, -1), []
+    return np.repeat(np.concatenate(parts), channels, axis=-1), np.full(n, -1), []
 
 
 def disc_pictures(m, size, rng):
@@ -1247,7 +1165,8 @@ def calpha_pictures(m, size, rng, alpha):
     contour = middle + height * (shape - 0.5)
     pixel = (np.arange(size + 1) + 0.5) / size
     mask = (pixel[None, :, None] < contour[:, None, :]).astype(float)          # (m, size + 1, size + 1)
-    mask = (mask[:, 1:, 1:] + mask[:, 1:, :-1] + mask[:, :-1, 1:] + mask[:, :-1, :-1]) / 4
+    mask = (mask[:, 1:] + mask[:, :-1]) / 2
+    mask = (mask[:, :, 1:] + mask[:, :, :-1]) / 2
     low, high = rng.uniform(0, 1, (2, m, 1, 1))
     dark = low * stretched(random_spectrum(m, 2, size, rng, alpha))
     bright = high + (1 - high) * stretched(random_spectrum(m, 2, size, rng, alpha))
@@ -1277,42 +1196,42 @@ def stretched(field):
 # Command line
 
 COMMON = dict(data=None, channels=3, levels=None, patches=False, val=0.05, seed=0, subset=None, limit=None,
-              sigma_max=1.0, precision=None, epochs=None, pictures=None)
-BUDGETS = "pictures", "epochs"
+              sigma_max=1.0, precision="auto", epochs=None, pictures=None)
 
 
 def arguments():
     """The command line. Flags that define the run default to None: --resume must see which were given."""
-    parser, whole = Parser(description=__doc__, usage="python train.py [flags]"), number(int, 1)
-    add = parser.add_argument
+    parser = Parser(description=__doc__, usage="python train.py [flags]")
+    add, positive = parser.add_argument, number(float, 0)
+    add_count = functools.partial(add, type=number(int, 1), metavar="N")
     add("--data", metavar="PATH", help="folder, .npy, .npz, disc, calpha:A (default: built-in)")
     add("--out", default="ckpt.pt", metavar="FILE", help="checkpoint to write (default: ckpt.pt)")
     add("--preset", choices=("small", "paper"), help="small: 32×32, an hour at most (default without CUDA)")
-    add("--pictures", type=whole, metavar="N", help="train on N, repeats counted (small: 300000)")
-    add("--epochs", type=number(float, 0), metavar="N", help="times through them (paper: 1000)")
+    add_count("--pictures", help="train on N, repeats counted (small: 300000)")
+    add("--epochs", type=positive, metavar="N", help="times through them (paper: 1000)")
     add("--resume", action="store_true", help="go on with --out exactly where it was saved")
     add("--force", action="store_true", help="overwrite --out and what is beside it")
-    add("--size", type=number(int, 1, 4096), metavar="N", help="side in pixels (small: 32, paper: 64)")
+    add_count("--size", help="side in pixels (small: 32, paper: 64)")
     add("--channels", type=int, choices=(1, 3), help="gray or colour (default: 3)")
     add("--patches", action="store_true", default=None, help="cut pictures into size×size tiles")
-    add("--width", type=number(int, 1, 4096), metavar="N", help="channels of E1 (small: 16, paper: 64)")
-    add("--levels", type=number(int, 1, 8), metavar="N", help="encoder blocks (default: M sees all)")
-    add("--batch", type=number(int, 1, 2 ** 16), metavar="N", help="pictures a step (small: 32, paper: 1024)")
-    add("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="of split, order, noise, weights")
+    add_count("--width", help="channels of E1 (small: 16, paper: 64)")
+    add_count("--levels", help="encoder blocks (default: M sees all)")
+    add_count("--batch", help="pictures a step (small: 32, paper: 1024)")
+    add("--seed", type=number(int, 0), metavar="N", help="of split, order, noise, weights")
     add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where it is fast")
-    add("--sigma-max", type=number(float, 0, 100), metavar="σ", help="largest σ (default: 1)")
+    add("--sigma-max", type=positive, metavar="σ", help="largest σ (default: 1)")
     add("--val", type=number(float, 0, 0.9), metavar="P", help="part held out (default: 0.05)")
     add("--subset", choices=("first", "second"), help="half of the training pictures (paper B)")
-    add("--limit", type=whole, metavar="N", help="at most N training pictures (paper B)")
+    add_count("--limit", help="at most N training pictures (paper B)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: the fastest)")
-    add("--micro-batch", type=whole, metavar="N", help="pictures at a time (default: what fits)")
+    add_count("--micro-batch", help="pictures at a time (default: what fits)")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--save-every", type=number(float, 0), metavar="S", help="seconds between saves (30 to 300)")
+    add("--save-every", type=positive, default=300, metavar="S", help="seconds between saves (default: 300)")
     return parser.parse_args()
 
 
 def complete_settings(given, device, resume=None, path=""):
-    """What defines a run: the flags given, then (resuming) the checkpoint's, then the preset's.
+    """What defines a run: the flags given, then (resuming) the checkpoint's, else the preset's.
 
     given: a dict with None for what was not given. Raises UserError, naming the flag, for one that
     contradicts the checkpoint or another flag. The budget of a resumed run may be raised. A given budget
@@ -1321,39 +1240,51 @@ def complete_settings(given, device, resume=None, path=""):
     chosen = {name: given[name] for name in COMMON | PAPER if given[name] is not None}
     if given["pictures"] and given["epochs"]:
         raise UserError("--pictures and --epochs: give one of them")
-    no_budget = dict.fromkeys(BUDGETS) if chosen.keys() & set(BUDGETS) else {}
     if resume:
-        if given["preset"]:
-            raise UserError("--preset: a resumed run keeps its checkpoint's settings; leave it out")
+        settings = COMMON | resume["flags"]
         if chosen.get("precision") == "auto":
             del chosen["precision"]
-        check_against(resume["flags"], chosen, path)
-        return COMMON | resume["flags"] | no_budget | chosen
-    data = chosen.get("data")
-    preset = given["preset"] or ("paper" if device.type == "cuda" and not is_synthetic(data) else "small")
-    if preset == "small" and not given["preset"] and os.environ.get("RANK", "0") == "0":
+        check_against(settings, given["preset"], chosen, path)
+    else:
+        settings = COMMON | preset(given, device)
+    if given["pictures"] or given["epochs"]:
+        settings |= dict(pictures=None, epochs=None)
+    settings |= chosen
+    if settings["precision"] == "auto":
+        settings["precision"] = fast_precision(device)
+    size = settings["size"]
+    if settings["levels"] is None:
+        settings["levels"] = next(n for n in range(1, 9) if receptive_field(n) >= min(size, 700))
+    multiple = 2 ** settings["levels"]
+    if size % multiple:
+        raise UserError(f"--size {size}: must be a multiple of {multiple} (2^levels)")
+    return settings
+
+
+def preset(given, device):
+    """The settings of the preset given; if none is, the paper's for pictures on a GPU, else the small one."""
+    synthetic, name = is_synthetic(given["data"]), given["preset"]
+    if name == "paper" or (name is None and device.type == "cuda" and not synthetic):
+        settings = PAPER
+    else:
+        settings = SMALL
+    if name is None and settings is SMALL:
         say("small preset: 32×32 pictures, width 16, batch 32. The paper's, --preset paper: 64×64, width 64, "
             "batch 1024, 1000 epochs, which is weeks without a GPU")
-    settings = COMMON | (PAPER if preset == "paper" else SMALL)
-    if data and is_synthetic(data):
-        settings["channels"] = 1
-    settings |= no_budget | chosen
-    if settings["precision"] in (None, "auto"):
-        settings["precision"] = fast_precision(device)
-    size, levels = settings["size"], settings["levels"]
-    if levels is None:
-        levels = next(n for n in range(1, 9) if receptive_field(n) >= min(size, 700))
-    if size % 2 ** levels:
-        raise UserError(f"--size {size}: must be a multiple of {2 ** levels} (2^levels, levels = {levels})")
-    return settings | {"levels": levels}
+    if given["data"] and synthetic:            # discs and C^α pictures are gray
+        return settings | dict(channels=1)
+    return settings
 
 
-def check_against(saved, chosen, path):
+def check_against(saved, preset_given, chosen, path):
     """Raises UserError if a flag contradicts the settings that a checkpoint was trained with."""
+    if preset_given:
+        raise UserError("--preset: a resumed run keeps its checkpoint's settings; leave it out")
     for name, value in chosen.items():
-        longer = name in BUDGETS and (saved[name] or 0) <= value
-        moved = name == "data" and saved[name] is not None                     # `prepare` compares them
-        if value != saved[name] and not longer and not moved:
+        if name == "data":                     # `prepare` compares the pictures themselves
+            continue
+        longer = name in ("pictures", "epochs") and (saved[name] or 0) <= value
+        if value != saved[name] and not longer:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: contradicts {path}, trained with {saved[name]}; leave it out "
                             "to go on, or give another --out")
@@ -1369,9 +1300,7 @@ def fast_precision(device):
 
 
 def join_processes(device):
-    """Under torchrun: join the other processes. Raises UserError if only a part of its variables is set."""
-    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
+    """Under torchrun: join the other processes."""
     if device.type == "mps":
         raise UserError("torchrun: processes cannot meet on mps; --device cpu, or start without torchrun")
     import torch.distributed.nn.functional     # noqa: F401; imported later, it keeps the group alive
@@ -1381,7 +1310,7 @@ def join_processes(device):
 
 
 def stop_on_signal(signals):
-    """Ctrl-C, SIGTERM and a closed terminal append to the list `signals`: the run can save and end."""
+    """Ctrl-C and SIGTERM append to the list `signals`: the run can save and end."""
     def on_signal(signal_number, _):
         if not signals:
             say("stopping after this step")
@@ -1389,10 +1318,8 @@ def stop_on_signal(signals):
         if "RANK" not in os.environ:           # the second one kills; torchrun itself sends several
             signal.signal(signal_number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal_number = getattr(signal, name, None)        # Windows has no SIGHUP
-        if signal_number and signal.getsignal(signal_number) != signal.SIG_IGN:            # nohup
-            signal.signal(signal_number, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 def check_out(out, resume, force, data):
@@ -1412,17 +1339,17 @@ def check_out(out, resume, force, data):
 
 def main():
     """The command line's work; returns the exit code."""
-    flags = arguments()
-    out, device, resume, signals = flags.out, choose_device(flags.device), None, []
-    if flags.resume:
+    given, resume, signals = arguments(), None, []
+    out, device = given.out, choose_device(given.device)
+    if "RANK" in os.environ:
+        join_processes(device)
+    if given.resume:
         _, resume = load_checkpoint(out)
         if "optimizer" not in resume:
             raise UserError(f"{out}: weights only, without Adam's state, which --resume needs")
-    settings = complete_settings(vars(flags), device, resume, out)
-    check_out(out, resume, flags.force, settings["data"])
-    if "RANK" in os.environ:
-        join_processes(device)
-    train(settings, out, device, resume, flags.micro_batch, flags.compile, flags.save_every,
+    settings = complete_settings(vars(given), device, resume, out)
+    check_out(out, resume, given.force, settings["data"])
+    train(settings, out, device, resume, given.micro_batch, given.compile, given.save_every,
           stop_requested=lambda: bool(signals), on_start=lambda: stop_on_signal(signals))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -452,6 +452,10 @@ class Progress:
             say(line)
 
 
+def no_progress(fraction, text):
+    """Take no notice of how far the work is."""
+
+
 # Pictures: to tensors, from tensors, on a sheet
 
 def to_batch(x, device="cpu"):
