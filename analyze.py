@@ -8,11 +8,11 @@
 
 Measure, judge and draw are three things in three places. A *measure* takes a study and a view of it and gives
 numbers; it is called for the trained network and for nulls, which have learnt nothing. (A null that is no
-view, as the Wiener filter, is measured by the analysis itself, in numbers["nulls"].) The *claims* are one
-table, a row a sentence of the papers, and `judge` is the only place where a verdict is made: a claim holds if
-its number goes the paper's way, and farther than the same number of every null. No claim about φ is judged
-unless M is in use (`Study.alive`). A *drawing* makes the figures of an analysis from its numbers.
-Sections: paper A, §2.2 to §3 and App. B; paper B; claims; drawings; axes and marks; report; command line.
+view, such as the Wiener filter, is measured together with the network, in numbers["nulls"].) The *claims* are
+one table, a row a sentence of the papers, and `judge` is the only place where a verdict is made: a claim
+holds if its number goes the paper's way, and farther than the same number of every null. No claim about φ is
+judged unless M is in use (`Study.alive`). A *drawing* makes the figures of an analysis from its numbers.
+Sections: paper A, §2.2 to §3 and App. B; paper B; claims; drawings; axes; report; command line.
 """
 import functools
 import html
@@ -20,15 +20,14 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
-from unet import (Parser, Progress, Sides, UNet, UserError, caption, check_outputs, choose_device, duration,
-                  expectation, font, greek, grid, load_checkpoint, no_progress, number, phi, picture_rows,
-                  printable, run, say, seed_of, seeded, titled, to_batch, to_image, write)
+from unet import (Parser, Progress, Sides, UNet, UserError, check_outputs, choose_device, duration,
+                  expectation, font, greek, grid, load_checkpoint, number, phi, picture_rows, printable, run,
+                  say, seed_of, seeded, titled, to_batch, to_image, write)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,8 +36,8 @@ from PIL import Image, ImageDraw
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import (STEPS, Memory, Target, around, conditional_distance, guidance_step, estimate_sigma,
                     sigma_schedule, panel, sample_unconditional)
-from train import (draw_disc, evaluate, input_psnr, is_synthetic, load_picture, psnr, split, training_data,
-                   training_part, untrained_network, use_of_M, variety)
+from train import (draw_disc, evaluate, input_psnr, is_synthetic, psnr, split, training_data, training_part,
+                   untrained_network, use_of_M, variety)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 48               # pictures for what needs all blocks at many noise levels
@@ -65,6 +64,11 @@ class View(NamedTuple):
     model: UNet = None              # None for φ that belongs to no network
     maps: torch.Tensor = None       # E_z[a_M(x + σz)] at the first σ, of the first pictures (≤ MAPS, d, h, w)
 
+    @property
+    def code(self):
+        """φ at the first σ, the one that is analysed."""
+        return next(iter(self.phi.values()))
+
 
 class Alive(NamedTuple):
     """Is M in use, so that φ is what denoises?"""
@@ -80,18 +84,21 @@ class Skip(Exception):
 
 @dataclass(eq=False)
 class Study:
-    """A network, n pictures, and all that measures share. Each use of chance has a stream with a name."""
+    """A network, n pictures, and all that measures share. A picture's index is its row.
+
+    groups: equal numbers for tiles of one picture, which depend on each other: errors are over groups.
+    training, held_out: pictures of the two sides of the checkpoint's split, if the study is of its pictures.
+    """
     model: UNet
     checkpoint: dict
     x: np.ndarray                   # (n, H, W, C) uint8
     labels: np.ndarray = None       # (n,) class, −1: none
-    groups: np.ndarray = None       # (n,), equal for tiles of one picture: errors are over these
-    training: np.ndarray = None     # pictures of either side of the checkpoint's split, and their groups,
-    held_out: np.ndarray = None     # if these are its pictures
+    groups: np.ndarray = None       # (n,)
+    training: np.ndarray = None
+    held_out: np.ndarray = None
     training_groups: np.ndarray = None
     held_out_groups: np.ndarray = None
     versus: tuple = ()              # pairs of Trained
-    kind: str = ""                  # of pictures, as the paper names its data sets
     sigmas: tuple = (0.3, 0.1)      # noise levels of φ: the first is analysed, the second compared with it
     draws: int = 20
     seed: int = 0
@@ -99,9 +106,6 @@ class Study:
     clusters: int = None
     pairs: int = 24
     steps: int = STEPS
-    given: tuple = ()               # files, for `attributes`
-    out: str = "."
-    progress: Callable = no_progress
 
     def __post_init__(self):
         if self.labels is None:
@@ -110,12 +114,12 @@ class Study:
             self.groups = np.arange(len(self.x))
         self.sigma, self.sigma_max = self.sigmas[0], self.checkpoint["sigma_max"]
 
-    def pictures(self, rows):
-        """Pictures `rows` as (len(rows), C, H, W) in [0, 1] on the device."""
+    def batch(self, rows):
+        """The pictures of these rows, (len(rows), C, H, W) in [0, 1] on the device."""
         return to_batch(self.x[np.asarray(rows)], self.device)
 
     def rng(self, *names):
-        """A numpy generator that depends on the seed and these names alone."""
+        """A numpy generator that depends on the seed and these names alone: each use of chance has some."""
         return np.random.default_rng(seed_of(self.seed, *names))
 
     def noise(self, *names):
@@ -126,7 +130,7 @@ class Study:
         """Rows of n different pictures (or all), in a random order."""
         return self.rng(*names).permutation(len(self.x))[:n]
 
-    def levels(self, *sigmas):
+    def known_sigmas(self, *sigmas):
         """Those of these noise levels that the network knows; its largest one if it knows none."""
         known = [sigma for sigma in sigmas if sigma <= self.sigma_max]
         return known or [self.sigma_max]
@@ -145,7 +149,7 @@ class Study:
         """Views of the same network before its training, from three seeds."""
         views = []
         for k in range(3):
-            x = self.pictures(self.choose(64, "start of a null", k))
+            x = self.batch(self.choose(64, "start of a null", k))
             model = untrained_network(self.checkpoint, x, seed_of(self.seed, "null", k))
             views.append(look(self, model))
         return views
@@ -158,27 +162,24 @@ class Study:
         """
         if name == "untrained":
             return self.untrained
-        if name not in ("shuffled", "Gaussian"):
-            raise KeyError(name)
-        codes, views = self.network.phi, []
+        network, views = self.network, []
         for k in range(3):
-            code = codes[self.sigma]
             if name == "Gaussian":
-                views.append(View({self.sigma: gaussian_like(code, self.seed + k)}))
+                null = {self.sigma: gaussian_like(network.code, self.seed + k)}
             else:
-                order = self.rng("shuffled", k).random(code.shape).argsort(0)
+                order = self.rng("shuffled", k).random(network.code.shape).argsort(0)
                 order = torch.from_numpy(order)            # (n, d)
-                shuffled = {sigma: code.gather(0, order) for sigma, code in codes.items()}
-                views.append(View(shuffled))
+                null = {sigma: code.gather(0, order) for sigma, code in network.phi.items()}
+            views.append(View(null))
         return views
 
     @functools.cached_property
     def alive(self):
         """Is M in use? An Alive; beyond its limits lie networks that did not use M at all (README)."""
         rows, use, why_not = self.choose(256, "use of M"), {}, []
-        for sigma, loss in use_of_M(self.model, self.pictures(rows)).items():
+        for sigma, loss in use_of_M(self.model, self.batch(rows)).items():
             use[sigma] = estimate(loss, self.groups[rows])
-        code = self.network.phi[self.sigma]
+        code = self.network.code
         cosine, silent = variety(code).values()
         if not use[0.5].value >= 0.1:                      # NaN is no use either
             why_not.append(f"use {use[0.5].value:.2f} dB at σ 0.5")
@@ -195,21 +196,18 @@ def look(study, model):
     def maps_of_M(y):
         return model.encode(y)[0]
 
-    codes, maps, n, begun = {}, [], len(study.x), time.monotonic()
+    codes, maps, n = {}, [], len(study.x)
     for sigma in study.sigmas:
-        parts = []
+        parts, progress = [], Progress()
         for start in range(0, n, BATCH):
-            x = study.pictures(range(start, min(start + BATCH, n)))
+            x = study.batch(range(start, min(start + BATCH, n)))
             generator = study.noise("φ", round(1e6 * sigma), start)
             mean_maps = expectation(maps_of_M, x, sigma, study.draws_at(sigma), generator)
             parts.append(mean_maps.mean((2, 3)).cpu())     # of (≤ BATCH, d, h, w)
             if sigma == study.sigma and start < MAPS:
                 maps.append(mean_maps.cpu())
-            study.progress(start / n, f"φ at σ {sigma:g}")
+            progress(start / n, f"φ at σ {sigma:g}")
         codes[sigma] = torch.cat(parts)                    # (n, d)
-        if not codes[sigma].isfinite().all():
-            raise UserError("φ is not finite; is the checkpoint damaged?")
-    say(f"φ of {n} pictures: {duration(time.monotonic() - begun)}")
     return View(codes, model, torch.cat(maps)[:MAPS])
 
 
@@ -233,17 +231,29 @@ def estimate(values, groups=None):
     return Estimate(mean, math.sqrt(variance) / len(values))
 
 
-def bootstrap(measure, n, rng, samples=300):
-    """Estimate of measure(rows): its value for all n rows, its SD over resamples with replacement."""
+def bootstrap(statistic, rng, *arrays, samples=300):
+    """Estimate of statistic(*arrays); its error is the SD over resamples of their entries, with replacement.
+
+    The arrays are equally long: an entry of one goes with the same entry of the others.
+    """
+    n = len(arrays[0])
     if n < 2:
         return UNKNOWN
-    value = float(measure(np.arange(n)))
     resampled = []
     for _ in range(samples):
-        resampled.append(measure(rng.integers(n, size=n)))
-    if math.isnan(value):
-        return UNKNOWN
-    return Estimate(value, float(np.nanstd(resampled)))
+        chosen = rng.integers(n, size=n)
+        resampled.append(statistic(*[array[chosen] for array in arrays]))
+    return Estimate(float(statistic(*arrays)), float(np.nanstd(resampled)))
+
+
+def difference(a, b):
+    """a − b of two independent Estimates."""
+    return Estimate(a.value - b.value, math.hypot(a.error, b.error))
+
+
+def farthest(number):
+    """How far from 0 an Estimate may be, by two standard errors."""
+    return abs(number.value) + 2 * number.error
 
 
 def beyond(number, sign=1, limit=0.0):
@@ -267,7 +277,7 @@ def kurtosis(values):
 
 
 def otsu(values):
-    """Otsu's threshold between two groups of values (n,), and the share of the variance between them.
+    """Otsu's threshold, which parts values (n,) in two, and the share of their variance between the parts.
 
     The share is 3/4 for a uniform distribution, 2/π for a Gaussian, 1 for two points; NaN for a constant.
     """
@@ -275,8 +285,8 @@ def otsu(values):
     if len(values) < 2 or values[0] == values[-1]:
         return math.nan, math.nan
     n, sums = len(values), np.cumsum(values)
-    size = np.arange(1, n)                                 # of the lower group
-    low = sums[:-1] / size                                 # the groups' means
+    size = np.arange(1, n)                                 # of the lower part
+    low = sums[:-1] / size                                 # the means of the parts
     high = (sums[-1] - sums[:-1]) / (n - size)
     between = size * (n - size) / n ** 2 * (high - low) ** 2
     k = between.argmax()
@@ -314,15 +324,17 @@ def block_averages(study, model):
     And a second estimate at σ₁ = 0.5, with noise of its own: {block: Sides}. With fewer draws than φ has, the
     cosine of two estimates is too low, most so for M: by 0.02 with four.
     """
-    x = study.pictures(study.choose(DETAIL, "detail"))
-    sigma_1, = study.levels(0.5)
-    sigmas = sorted({study.sigma, sigma_1, *study.levels(*SIGMAS)})
+    x = study.batch(study.choose(DETAIL, "detail"))
+    sigma_1, = study.known_sigmas(0.5)
+    sigmas = sorted({study.sigma, sigma_1, *study.known_sigmas(*SIGMAS)})
     if model is not study.model:                           # of a null only what is judged
-        sigmas = [sigma for sigma in sigmas if sigma == 0 or sigma >= min(0.2, sigma_1, study.sigma)]
+        least = min(0.2, sigma_1, study.sigma)
+        sigmas = [sigma for sigma in sigmas if sigma == 0 or sigma >= least]
     estimates = []
     for k, sigma in enumerate([*sigmas, sigma_1]):
+        is_second = k == len(sigmas)
+        generator = study.noise("all blocks", round(1e6 * sigma), is_second)
         draws, mean = study.draws_at(sigma), {}
-        generator = study.noise("all blocks", round(1e6 * sigma), k - len(sigmas) == 0)
         for _ in range(draws):
             z = torch.randn(x.shape, generator=generator, device=x.device)
             for block, sides in model.activations(x + sigma * z).items():
@@ -340,7 +352,7 @@ def sparsity(study, view):
     change: from input to output. Of several blocks, decoder and encoder are the one that goes least in the
     paper's direction. E1 and D1, which have a picture at one side, are left out. phi_pr: of φ itself.
     """
-    phi_pr = participation_ratio(view.phi[study.sigma].double())
+    phi_pr = participation_ratio(view.code.double())
     numbers = {"phi_pr": estimate(phi_pr, study.groups)}
     if view.model is None:                                 # shuffled φ has no blocks
         return numbers
@@ -349,16 +361,17 @@ def sparsity(study, view):
     pr, change = {}, {}
     for block, sides in averages[study.sigma].items():
         if block not in ("E1", "D1"):
-            before = participation_ratio(sides.input.double()).numpy()
-            after = participation_ratio(sides.output.double()).numpy()
+            before, after = [participation_ratio(side.double()).numpy() for side in sides]
             pr[block] = Sides(before, after)
             change[block] = estimate(after - before, groups)
     decoder = [change[block] for block in change if block.startswith("D")]
     encoder = [change[block] for block in change if block.startswith("E")]
-    numbers |= {"pr": pr, "change": change, "M": change["M"]}
-    numbers["decoder"] = max(decoder, default=UNKNOWN)
-    numbers["encoder"] = min(encoder, default=UNKNOWN)
-    return numbers
+    return numbers | {
+        "pr": pr,
+        "change": change,
+        "M": change["M"],
+        "decoder": max(decoder, default=UNKNOWN),
+        "encoder": min(encoder, default=UNKNOWN)}
 
 
 # §2.3, Robustness of representation to noise (Fig. 2, 11)
@@ -374,20 +387,20 @@ def stability(study, view):
     averages, again = block_averages(study, view.model)
     groups = study.groups[study.choose(DETAIL, "detail")]
     sigmas = list(averages)
-    from_here, at_sigma_1 = [sigmas.index(*study.levels(sigma)) for sigma in (0.2, 0.5)]
+    start, at_sigma_1 = [sigmas.index(*study.known_sigmas(sigma)) for sigma in (0.2, 0.5)]
 
     def cosines(block, shift=0):                           # (σ₂, m)
         curve = []
-        for sigma in sigmas:
-            output = averages[sigma][block].output.roll(shift, 0)
+        for sides in averages.values():
+            output = sides[block].output.roll(shift, 0)
             curve.append(F.cosine_similarity(again[block].output, output))
         return torch.stack(curve).numpy()
 
     curves = {block: cosines(block) for block in again if block != "D1"}
     fall = {block: curve[at_sigma_1] - curve[0] for block, curve in curves.items()}
     curves["M of another picture"] = cosines("M", shift=1)
-    level = {block: curve[from_here:].mean(0) for block, curve in curves.items()}
-    lead, rival = ahead_of_others(level, groups)
+    mean = {block: curve[start:].mean(0) for block, curve in curves.items()}
+    lead, rival = ahead_of_others(mean, groups)
     most_falling, _ = ahead_of_others(fall, groups)
     at_zero, at_one = [averages[sigmas[k]]["M"].output.norm(dim=1) for k in (0, at_sigma_1)]
     return {
@@ -401,11 +414,8 @@ def stability(study, view):
 
 def ahead_of_others(values, groups):
     """M's values (m,) minus those of the block whose mean is next: Estimate, its name. {block: (m,)}."""
-    def mean(block):
-        return values[block].mean()
-
-    others = [block for block in values if block != "M"]
-    rival = max(others, key=mean)
+    means = {block: values[block].mean() for block in values if block != "M"}
+    rival = max(means, key=means.get)
     return estimate(values["M"] - values[rival], groups), rival
 
 
@@ -416,20 +426,20 @@ def channel_selectivity(code):
     return participation_ratio(code.double(), 0).numpy()
 
 
-def channel_groups(code):
-    """(specialised, common) channels of code (n, d): PR below, above Otsu's threshold; ordered by PR."""
+def specialised_and_common(code):
+    """Channels of code (n, d) whose PR is below, and above, Otsu's threshold; each ordered by PR. Or Skip."""
     pr = channel_selectivity(code)
     order = np.argsort(pr)
     order = order[np.isfinite(pr[order])]
-    if len(order) < 4 or np.ptp(pr[order]) == 0:
-        raise Skip("all channels of φ are equally selective")
     threshold, _ = otsu(pr[order])
+    if math.isnan(threshold):
+        raise Skip("all channels of φ are equally selective")
     is_low = pr[order] < threshold
     return order[is_low], order[~is_low]
 
 
 def top_pictures(code, channel):
-    """The at most nine pictures that excite a channel most, largest first; only those that do excite it."""
+    """Rows of the at most nine pictures that excite a channel most, largest first; none that do not."""
     response = code[:, channel]
     excited = int((response > 1e-6).sum())
     return response.topk(min(9, excited)).indices.numpy()
@@ -438,63 +448,56 @@ def top_pictures(code, channel):
 def selectivity(study, view):
     """Fig. 3, 12: PR of every channel over the data set; one that is on in a share p of it has PR p.
 
-    bimodality: the share of PR's variance that lies between two groups (`otsu`). common: the share of
+    bimodality: the share of PR's variance that lies between two parts (`otsu`). common: the share of
     channels that respond to most pictures, PR > 1/2. uneven: the largest distance of PR's distribution to a
     uniform one.
     """
-    def bimodality(rows):
-        return otsu(pr[rows])[1]
-
-    def unevenness(rows):
-        uniform = (np.arange(len(rows)) + 0.5) / len(rows)
-        return np.abs(np.sort(pr[rows]) - uniform).max()
-
-    code, rng = view.phi[study.sigma], study.rng("bootstrap of channels")
-    every = channel_selectivity(code)
+    every, rng = channel_selectivity(view.code), study.rng("bootstrap of channels")
     pr = every[np.isfinite(every)]
     return {
         "pr": every,
         "threshold": otsu(pr)[0],
-        "excited": (code > 1e-6).sum(0),
-        "bimodality": bootstrap(bimodality, len(pr), rng),
+        "bimodality": bootstrap(bimodality, rng, pr),
         "common": estimate(pr > 0.5),
-        "uneven": bootstrap(unevenness, len(pr), rng)}
+        "uneven": bootstrap(unevenness, rng, pr)}
+
+
+def bimodality(values):
+    """The share of the variance of values (n,) that lies between the two parts of `otsu`."""
+    return otsu(values)[1]
+
+
+def unevenness(values):
+    """The largest distance between the sorted values (n,) and n that are evenly spread over [0, 1]."""
+    uniform = (np.arange(len(values)) + 0.5) / len(values)
+    return np.abs(np.sort(values) - uniform).max()
 
 
 def attributes(study, view):
-    """Fig. 4: pictures, and the three specialised channels that each excites most.
+    """Fig. 4: three pictures, and the three specialised channels that each excites most.
 
     A channel's response is divided by its root mean square over the data set: channels differ in scale.
     """
-    code, settings = view.phi[study.sigma], study.checkpoint["flags"]
-    special, _ = channel_groups(code)
-    if study.given:
-        shape = study.checkpoint["size"], settings["channels"], settings["patches"]
-        x = np.stack([load_picture(file, *shape) for file in study.given])
-        x, names = to_batch(x, study.device), study.given
-    else:
-        rows = study.choose(3, "attributes")
-        x, names = study.pictures(rows), [f"picture {row}" for row in rows]
-    response = phi(view.model, x, study.sigma, study.draws, study.noise("attributes")).cpu()
-    relative = response / code.square().mean(0).sqrt()
-    relative = relative[:, special.copy()].nan_to_num()    # (pictures, specialised)
-    strongest = relative.topk(min(3, len(special)))
+    code = view.code
+    special, _ = specialised_and_common(code)
+    rows = study.choose(3, "attributes")
+    relative = code[:, special] / code[:, special].square().mean(0).sqrt()
+    strongest = relative[rows].topk(min(3, len(special)))
     return {
-        "names": names,
-        "pictures": x,
-        "responses": strongest.values,                     # (pictures, 3)
+        "rows": rows,
+        "responses": strongest.values,                     # (3, 3)
         "channels": special[strongest.indices.numpy()]}
 
 
 # §2.5, Denoising and emergent semantic similarity (Fig. 5, 14)
 
-def nearest(code, queries, k):
-    """Indices (q, k) of the k rows of code (n, d) nearest to its rows `queries` by cosine, nearest first."""
+def nearest(code, rows, k):
+    """Rows (q, k) of the k pictures nearest to each of `rows` (q,), by cosine of code (n, d), in order."""
     unit = F.normalize(code, dim=1)
-    cosine = unit[queries] @ unit.T                        # (q, n)
-    cosine[np.arange(len(queries)), queries] = -2          # not itself
+    cosine = unit[rows] @ unit.T                           # (q, n)
+    cosine[np.arange(len(rows)), rows] = -2                # not itself
     k = min(k, len(code) - 1)
-    return cosine.topk(k, dim=1).indices.cpu().numpy()
+    return cosine.topk(k, dim=1).indices.numpy()
 
 
 def chance_agreement(labels):
@@ -507,7 +510,7 @@ def chance_agreement(labels):
 
 
 def class_agreement(code, labels):
-    """Share of the ten nearest by cosine that are of a picture's own class, (N,); all NaN as by chance.
+    """Share of a picture's ten nearest by cosine that are of its class, (N,); all NaN as by chance.
 
     code: (N, d). labels: (N,), of pictures that have a class.
     """
@@ -517,45 +520,40 @@ def class_agreement(code, labels):
     return (labels[near] == labels[:, None]).mean(1)
 
 
-def neighbourhoods(code, targets, size):
-    """Groups (targets, size) of pictures: each target and the nearest to it."""
-    return np.column_stack([targets, nearest(code, targets, size - 1)])
+def neighbourhoods(code, rows, size):
+    """Rows (q, size) of pictures: each of `rows` (q,) and the nearest to it."""
+    return np.column_stack([rows, nearest(code, rows, size - 1)])
 
 
-def subspace_gap(code, groups, k=3):
-    """How much better a group's own directions explain it than those of the group before, (groups,), ≤ 1.
+def subspace_gap(code, near, k=3):
+    """How much better a neighbourhood's directions explain it than those of the one before, (q,), ≤ 1.
 
-    Directions: k singular vectors of every second member, minus their part along the mean of these: that a
-    group has a mean of its own makes a cluster, no subspace. Explained: the share of ‖·‖² of the remaining
-    members, minus the same part, that lies in these directions.
+    near: q neighbourhoods, rows (q, size) of code (n, d). Directions: k singular vectors of every second
+    member, minus their part along the mean of these: a mean far from 0 makes a cluster, but no subspace.
+    Explained: the share of ‖·‖² of the other members, minus the same part, that lies in these directions.
     """
-    def share(group, basis):
-        total = group.square().sum().clamp_min(1e-30)
-        return float((group @ basis.T).square().sum() / total)
+    def share(bases):
+        return (others @ bases.mT).square().sum((1, 2)) / total
 
-    held_out, bases = [], []
-    for rows in groups:
-        group = code[rows].double()                        # (size, d)
-        mean = F.normalize(group[::2].mean(0), dim=0)
-        group = group - (group @ mean)[:, None] * mean
-        _, _, directions = torch.linalg.svd(group[::2], full_matrices=False)
-        bases.append(directions[:k])
-        held_out.append(group[1::2])
-    gaps = []
-    for i, group in enumerate(held_out):
-        gaps.append(share(group, bases[i]) - share(group, bases[i - 1]))
-    return np.array(gaps)
+    members = code[near].double()                          # (q, size, d)
+    mean = F.normalize(members[:, ::2].mean(1, keepdim=True), dim=2)           # (q, 1, d)
+    members = members - members @ mean.mT * mean
+    _, _, directions = torch.linalg.svd(members[:, ::2], full_matrices=False)
+    bases = directions[:, :k]                              # (q, k, d)
+    others = members[:, 1::2]
+    total = others.square().sum((1, 2)).clamp(min=1e-30)
+    return (share(bases) - share(bases.roll(1, 0))).numpy()
 
 
 def neighbours(study, view):
     """Fig. 5, 14: nearest pictures by cosine of φ and of pixels; class agreement; union of subspaces.
 
     lead, lead_colour: class agreement of φ minus that of pixels, and of pixels minus their mean colour.
-    subspaces: `subspace_gap` of twenty groups of neighbours. Shuffled and Gaussian φ ask whether neighbours
+    subspaces: `subspace_gap` of twenty neighbourhoods. Shuffled and Gaussian φ ask whether neighbours
     share directions just because they are neighbours; with classes they agree by chance alone.
     """
     rows = study.choose(POOL, "pool")
-    x, code, labels = study.pictures(rows).cpu(), view.phi[study.sigma][rows], study.labels[rows]
+    x, code, labels = study.batch(rows).cpu(), view.code[rows], study.labels[rows]
     spaces = {"φ": code, "pixels": x.flatten(1), LESS_COLOUR: less_colour(x)}
     size = min(24, len(rows) // 3)
     gaps = subspace_gap(code, neighbourhoods(code, np.arange(20), size))
@@ -564,7 +562,7 @@ def neighbours(study, view):
     numbers = {
         "chance": chance_agreement(labels),
         "subspaces": estimate(gaps),
-        "groups": rows[neighbourhoods(code, pair, size)],
+        "neighbourhoods": rows[neighbourhoods(code, pair, size)],
         "nearest in φ": rows[nearest(code, pair, 8)],
         "nearest in pixels": rows[nearest(spaces["pixels"], pair, 8)]}
     known = labels >= 0
@@ -581,17 +579,14 @@ def neighbours(study, view):
 # §2.5, Emergent clusters (Fig. 6, 15, 16)
 
 class Apart(NamedTuple):
-    """Fig. 6, p pairs of groups: distance of centres, SD along their line, (p,) each; mean of the ratio."""
-    distance: np.ndarray
-    deviation: np.ndarray
+    """Fig. 6, of p pairs of clusters, or of classes: distance of centres, SD along their line, mean ratio."""
+    distance: np.ndarray            # (p,)
+    deviation: np.ndarray           # (p,)
     ratio: Estimate
 
 
 def pairs_apart(study, code, labels):
-    """Apart, of a hundred pairs of groups of five pictures or more; None if there are no two groups.
-
-    The error of the mean: two pairs that share a group depend on each other; NaN for one pair.
-    """
+    """Apart, of a hundred pairs of labels that five pictures or more have; None if fewer than two have."""
     try:
         apart, pairs = pair_separations(code, labels, study.rng("pairs of groups"))
     except ValueError:
@@ -602,12 +597,16 @@ def pairs_apart(study, code, labels):
 
 
 def pairs_error(values, pairs):
-    """Standard error of the mean of values (p,) of pairs (p, 2), of which some share a member."""
+    """Standard error of the mean of values (p,) of pairs (p, 2); NaN for one pair.
+
+    Two pairs that share a member depend on each other: their product counts in the variance of the sum.
+    """
     if len(values) < 2:
         return math.nan
-    shared = (pairs[:, None, :, None] == pairs[None, :, None, :]).any((2, 3))    # (p, p)
     centred = values - values.mean()
-    variance = max(centred @ shared @ centred, centred @ centred)
+    of_members = np.bincount(pairs.flatten(), centred.repeat(2))               # sums over a member's pairs
+    squares = centred @ centred                            # which of_members² counts twice
+    variance = max(of_members @ of_members - squares, squares)
     return math.sqrt(variance) / len(values)
 
 
@@ -625,17 +624,20 @@ def clusters(study, view):
     code, *at_others = view.phi.values()
     labels, again = [k_means(study, code, K, seed) for seed in (0, 1)]
     apart = pairs_apart(study, code, labels)
-    numbers = {"K": K, "apart": apart, "seeds": adjusted_rand_index(labels, again)}
+    if apart is None:
+        raise Skip("fewer than two clusters have five pictures")
+    numbers = {
+        "K": K,
+        "apart": apart,
+        "ratio": apart.ratio,
+        "least": (apart.distance / apart.deviation).min(),
+        "seeds": adjusted_rand_index(labels, again)}
     if view is study.network:
         numbers["labels"] = labels
     if at_others:
         other = k_means(study, at_others[0], K, 0)
         indices = [adjusted_rand_index(one, other) for one in (labels, again)]
         numbers["at_next_sigma"] = estimate(indices)
-    if apart is None:
-        return numbers
-    numbers["ratio"] = apart.ratio
-    numbers["least"] = (apart.distance / apart.deviation).min()
     return numbers | beside_classes(study, code, apart)
 
 
@@ -645,23 +647,21 @@ def beside_classes(study, code, apart):
     lead: ratio of clusters minus that of classes. start: adjusted Rand index of a start from class centroids
     to random starts, mean over two seeds; start_seeds: between these; start_classes: to the classes.
     """
-    known = study.labels >= 0
-    truth = np.full(len(known), -1)
-    truth[known] = np.unique(study.labels[known], return_inverse=True)[1]
-    classes, K = pairs_apart(study, code, truth), truth.max() + 1
+    classes = pairs_apart(study, code, study.labels)
     if classes is None:
         return {}
-    centroids = torch.stack([code[truth == c].mean(0) for c in range(K)])
+    known = study.labels >= 0
+    centroids = torch.stack([code[study.labels == c].mean(0) for c in np.unique(study.labels[known])])
+    K = len(centroids)
     moved = k_means(study, code, K, 0, centroids)
     random = [k_means(study, code, K, seed) for seed in (2, 3)]
     indices = [adjusted_rand_index(moved, labels) for labels in random]
-    error = math.hypot(apart.ratio.error, classes.ratio.error)
     return {
         "classes": classes,
-        "lead": Estimate(apart.ratio.value - classes.ratio.value, error),
+        "lead": difference(apart.ratio, classes.ratio),
         "start": estimate(indices),
         "start_seeds": adjusted_rand_index(*random),
-        "start_classes": adjusted_rand_index(moved[known], truth[known])}
+        "start_classes": adjusted_rand_index(moved[known], study.labels[known])}
 
 
 def k_means(study, code, K, seed, init="k-means++"):
@@ -738,36 +738,31 @@ def channels(study, view):
         is_constant = (a == 0).all(0) | (b == 0).all(0)
         correlation = F.cosine_similarity(a, b, dim=0)
         properties["stability"] = correlation.masked_fill(is_constant, math.nan).numpy()
-
-    def contrast(rows):
-        return tails(pr[rows], heaviness[rows])[1]
-
     rng = study.rng("bootstrap of channels")
-    numbers = {"pr": pr, "properties": properties}
-    numbers["near"], _ = tails(pr, heaviness)
-    numbers["contrast"] = bootstrap(contrast, len(pr), rng, 100)
+    numbers = {
+        "pr": pr,
+        "properties": properties,
+        "near": tails(pr, heaviness)[0],
+        "contrast": bootstrap(contrast_of_tails, rng, pr, heaviness, samples=100)}
     for name, values in properties.items():
-        numbers[name] = correlation_estimate(pr, values, rng)
+        numbers[name] = bootstrap(rank_correlation, rng, pr, values)
     return numbers
 
 
-def correlation_estimate(a, b, rng):
-    """Estimate of the rank correlation of a and b (n,), its error by bootstrap."""
-    def correlation(rows):
-        return rank_correlation(a[rows], b[rows])
-
-    return bootstrap(correlation, len(a), rng)
-
-
 def tails(pr, heaviness):
-    """Median |kurtosis − 3| of common channels; that of specialised ones minus it. NaN without two groups."""
+    """Median |kurtosis − 3| of common channels; that of specialised ones minus it. NaN without two parts."""
     finite = np.isfinite(pr) & np.isfinite(heaviness)
     pr, away = pr[finite], abs(heaviness[finite] - 3)
-    if len(pr) < 4 or np.ptp(pr) == 0:
+    threshold, _ = otsu(pr)
+    if math.isnan(threshold):
         return math.nan, math.nan
-    is_low = pr < otsu(pr)[0]
-    common = np.median(away[~is_low])
-    return common, np.median(away[is_low]) - common
+    common = np.median(away[pr >= threshold])
+    return common, np.median(away[pr < threshold]) - common
+
+
+def contrast_of_tails(pr, heaviness):
+    """By how much the tails of specialised channels are heavier than those of common ones."""
+    return tails(pr, heaviness)[1]
 
 
 # §3, Conditional densities (Fig. 8, 14 right, 21)
@@ -781,10 +776,10 @@ def densities(study):
     n = min(study.pairs, len(study.x) // 2)
     pairs = study.choose(2 * n, "pairs").reshape(-1, 2)
     sigmas = np.geomspace(min(0.2, study.sigma_max / 3), study.sigma_max, 5)
-    distances = []
+    distances, progress = [], Progress()
     for k, pair in enumerate(pairs):
-        study.progress(k / n, f"Eq. 4, pair {k + 1} of {n}")
-        x1, x2 = study.pictures(pair)
+        progress(k / n, f"Eq. 4, pair {k + 1} of {n}")
+        x1, x2 = study.batch(pair)
         generator = study.noise("Eq. 4", k)
         distance = conditional_distance(study.model, x1, x2, sigmas, 2, study.draws, generator)
         distances.append(distance)                         # of two draws: d² is then known to some 4 %
@@ -797,7 +792,7 @@ def embedding(study, view):
     Nulls: does another φ, or the distance of the pixels, predict the same d²?
     """
     pairs, sigmas, distances = densities(study)
-    x1, x2 = [study.pictures(rows) for rows in pairs.T]
+    x1, x2 = [study.batch(rows) for rows in pairs.T]
     # φ at the integral's largest σ, where it is all that tells the densities apart: rank correlation .92, .82
     # (textures, photos); with the mean of ‖φ₁ − φ₂‖² over the integral's σ .66, .76, with φ at 0.3 .44, .70
     phi1, phi2 = [phi(view.model, x, sigmas[-1], study.draws, study.noise("Fig. 8")) for x in (x1, x2)]
@@ -822,9 +817,6 @@ def prediction(study, square, d2):
     A, B: the least and the largest d2/square; log_ratio: log B/A, which grows with the number of pairs;
     percentiles: 95th over 5th.
     """
-    def log_ratio(rows):
-        return np.log(ratio[rows].max() / ratio[rows].min())
-
     ratio, rng = d2 / square.clip(1e-30), study.rng("bootstrap of pairs")
     low, high = np.quantile(ratio, [0.05, 0.95])
     return {
@@ -832,23 +824,25 @@ def prediction(study, square, d2):
         "A": ratio.min(),
         "B": ratio.max(),
         "percentiles": high / low,
-        "rank": correlation_estimate(square, d2, rng),
-        "log_ratio": bootstrap(log_ratio, len(d2), rng)}
+        "rank": bootstrap(rank_correlation, rng, square, d2),
+        "log_ratio": bootstrap(log_range, rng, ratio)}
+
+
+def log_range(values):
+    """The logarithm of the largest value over the least."""
+    return np.log(values.max() / values.min())
 
 
 # §3, Stochastic image reconstruction (Fig. 7, 19, 20)
 
 def algorithm_1(study, encoder, x, samples, name):
     """Algorithm 1 around each of x (k, C, H, W), told φ by `encoder`: [samples (S, C, H, W)], levels."""
-    def progress(fraction, text):
-        study.progress(fraction, f"Algorithm 1, {text}")
-
     # φ and its gradient are those of one network, the score is another's
     model = SimpleNamespace(encode=encoder.encode, score=study.model.score)
     sigmas = sigma_schedule(study.sigma_max, min(0.03, study.sigma_max / 10), study.steps)
     targets = [Target(f"picture {k}", picture[None], None) for k, picture in enumerate(x)]
     seed = seed_of(study.seed, name)
-    return around(model, study.checkpoint, targets, samples, sigmas, seed, progress=progress)
+    return around(model, study.checkpoint, targets, samples, sigmas, seed, progress=Progress())
 
 
 @torch.no_grad()
@@ -874,9 +868,9 @@ def match_noisy(study, x, sigma):
 def layout(samples, x):
     """Correlation of pixels (minus mean colour) of samples with their target in x, minus that with others."""
     cosine = less_colour(samples) @ less_colour(x).T       # (k, k)
-    own = cosine.diagonal()
-    others = (cosine.sum(1) - own) / (len(x) - 1)
-    return (own - others).cpu().numpy()
+    with_target = cosine.diagonal()
+    with_others = (cosine.sum(1) - with_target) / (len(x) - 1)
+    return (with_target - with_others).cpu().numpy()
 
 
 def matching(study, view, targets=8):
@@ -888,13 +882,13 @@ def matching(study, view, targets=8):
     untrained network, the same targets and noise; the error is that of the difference.
     """
     rows = study.choose(targets, "matching")
-    x = study.pictures(rows)
+    x = study.batch(rows)
     samples, levels = algorithm_1(study, study.model, x, 1, "matching")
-    before = np.array([level.sigma_before.cpu().numpy() for level in levels])   # (levels, k)
-    after = np.array([level.sigma_after.cpu().numpy() for level in levels])
+    before = torch.stack([level.sigma_before for level in levels]).cpu().numpy()         # (levels, k)
+    after = torch.stack([level.sigma_after for level in levels]).cpu().numpy()
     judged = [k for k, level in enumerate(levels) if k > 0 and level.sigma >= min(0.1, study.sigma_max)]
     in_algorithm_1 = largest_change((after / before)[judged])
-    noisy = [match_noisy(study, x, sigma) for sigma in study.levels(0.1, 0.2, 0.3, 0.5, 0.7, 1.0)]
+    noisy = [match_noisy(study, x, sigma) for sigma in study.known_sigmas(0.1, 0.2, 0.3, 0.5, 0.7, 1.0)]
     own_phi, stress, random = [largest_change(ratios) for ratios in zip(*noisy)]
     layouts, controls = layout(torch.cat(samples), x), []
     for null in study.untrained:
@@ -914,7 +908,7 @@ def matching(study, view, targets=8):
 
 
 def largest_change(ratios):
-    """The largest median |ratio − 1| of rows (levels, n); 0 if there are none."""
+    """The largest median |ratio − 1| of ratios, a list of (n,); 0 if it is empty."""
     medians = [float(np.median(abs(ratio - 1))) for ratio in ratios]
     return max(medians, default=0.0)
 
@@ -924,17 +918,15 @@ def reconstruction(study, view, samples=8):
 
     It judges nothing: `matching` does.
     """
-    rows = study.choose(len(study.x), "reconstruction")
-    is_other = study.labels[rows] != study.labels[rows[0]]
-    second = max(1, is_other.argmax())                     # of another class, if there is one
-    x = study.pictures(rows[[0, second]])
+    rows = study.choose(2, "reconstruction")
+    x = study.batch(rows)
     told, _ = algorithm_1(study, study.model, x, samples, "reconstruction")
     control, _ = algorithm_1(study, study.untrained[0].model, x, samples, "reconstruction")
     generators = [seeded("cpu", study.seed, "unconditional", k) for k in range(16)]
     mean = torch.tensor(study.checkpoint["mean"], device=study.device)
     sigma_end = min(0.04, study.sigma_max / 10)
     free, steps = sample_unconditional(study.model, mean, x.shape[1:], generators, study.sigma_max, sigma_end)
-    return {"targets": rows[[0, second]], "steps": steps, "pictures": (x, told, control, free)}
+    return {"rows": rows, "steps": steps, "drawing": (x, told, control, free)}
 
 
 # Paper B, Fig. 1: denoising of pictures that were seen in training, and of others
@@ -947,32 +939,24 @@ def denoising(study, view):
     """
     if study.training is None:
         raise Skip("these are not the pictures of its training")
-    sides = {
-        "training": (study.training[:512], study.training_groups[:512]),
-        "held out": (study.held_out, study.held_out_groups)}
     sigmas = psnr_sigmas(study)
-    estimates = {}
-    for side, (x, groups) in sides.items():
-        study.progress(len(estimates) / 2, f"PSNR, {side}")
+
+    def psnr_of(x, groups):
         values = evaluate(view.model, to_batch(x, study.device), sigmas, BATCH)
-        estimates[side] = [estimate(values[sigma], groups) for sigma in sigmas]
-    gaps = map(difference, estimates["training"], estimates["held out"])
-    return {"sigmas": sigmas, "psnr": estimates, "gap": max(gaps, key=farthest)}
+        return [estimate(values[sigma], groups) for sigma in sigmas]
+
+    training = psnr_of(study.training[:512], study.training_groups[:512])
+    held_out = psnr_of(study.held_out, study.held_out_groups)
+    gaps = map(difference, training, held_out)
+    return {
+        "sigmas": sigmas,
+        "psnr": {"training": training, "held out": held_out},
+        "gap": max(gaps, key=farthest)}
 
 
 def psnr_sigmas(study):
     """The noise levels of Paper B's Fig. 1: from 0.05 on, as far as the network knows them."""
     return [sigma for sigma in SIGMAS if 0.05 <= sigma <= study.sigma_max]
-
-
-def difference(a, b):
-    """a − b of two independent Estimates."""
-    return Estimate(a.value - b.value, math.hypot(a.error, b.error))
-
-
-def farthest(number):
-    """How far from 0 an Estimate may be, by two standard errors."""
-    return abs(number.value) + 2 * number.error
 
 
 # Paper B, §2: generalisation (its Fig. 1, 2; --versus)
@@ -984,20 +968,16 @@ class Trained(NamedTuple):
     groups: np.ndarray
 
 
-def load_pairs(paths, others, device):
-    """The networks of --versus: (pairs of Trained, the smallest N first; Pictures; rows that all held out).
+def load_pairs(paths, others, pictures, device):
+    """The networks of --versus: (pairs of Trained, the smallest N first; rows of pictures that all held out).
 
     Raises UserError if both of a pair have seen a picture, or if networks or pictures are of several kinds.
     """
-    if len(paths) != len(others):
-        raise UserError(f"--versus: needs {len(paths)} checkpoints, one for each before it")
-    paths = [*paths, *others]
-    loaded = [load_checkpoint(path, device) for path in paths]
-    _, first = loaded[0]
-    pictures, _, _ = training_data(first["flags"])
-    networks, held_out_rows = [], np.arange(len(pictures.x))
-    for path, (model, checkpoint) in zip(paths, loaded):
-        if checkpoint["model"] != first["model"] or checkpoint["fingerprint"] != pictures.fingerprint:
+    networks, held_out_rows, kinds = [], np.arange(len(pictures.x)), []
+    for path in [*paths, *others]:
+        model, checkpoint = load_checkpoint(path, device)
+        kinds.append(checkpoint["model"])
+        if checkpoint["model"] != kinds[0] or checkpoint["fingerprint"] != pictures.fingerprint:
             raise UserError(f"{path}: another kind of network, or of other pictures, than {paths[0]}; only "
                             "--subset, --limit and --pictures may differ")
         settings = checkpoint["flags"]
@@ -1013,7 +993,7 @@ def load_pairs(paths, others, device):
             raise UserError("--versus: training pictures overlap; train with --subset first and --subset "
                             "second, and the same --seed")
     order = np.argsort([len(a.x) for a, _ in pairs], kind="stable")
-    return [pairs[k] for k in order], pictures, held_out_rows
+    return [pairs[k] for k in order], held_out_rows
 
 
 def posterior_mean(y, sigma, x):
@@ -1052,13 +1032,13 @@ def psnr_curve(denoise, x, sigmas):
     return np.stack(curve)
 
 
-def draw_from(study, trained, samples=32):
+def draw_from(study, model, samples=32):
     """Samples (samples, C, H, W) of a network by paper B's sampler; their noise depends on the seed alone."""
     generators = [seeded("cpu", study.seed, "samples", i) for i in range(samples)]
     x, _ = sample_unconditional(
-        trained.model,
+        model,
         torch.tensor(study.checkpoint["mean"], device=study.device),
-        trained.x.shape[1:],
+        study.batch([0]).shape[1:],
         generators,
         sigma_0=study.sigma_max,
         sigma_end=0.05,
@@ -1069,56 +1049,63 @@ def draw_from(study, trained, samples=32):
 
 
 def to_nearest(a, b):
-    """The nearest of pictures b to each of a: (cosine of pixels minus mean colour, row), each (len(a),)."""
+    """The nearest of pictures b to each of a: (cosine of pixels minus mean colour, row), (len(a),) each."""
     unit = less_colour(a)
     cosines = [unit @ less_colour(part).T for part in b.split(POOL)]
     return torch.cat(cosines, 1).cpu().max(1)              # of (len(a), len(b))
+
+
+class Examined(NamedTuple):
+    """What is known of one network of a pair."""
+    psnr: dict                      # {of what: dB (σ, pictures)}: of the network and of exact memorisation
+    groups: np.ndarray              # of the training pictures in `psnr`
+    samples: torch.Tensor           # (32, C, H, W)
+    originals: torch.Tensor         # (32, C, H, W), the training picture that is nearest to each sample
+    nearest: torch.Tensor           # (32,), the cosine with it
+    control: torch.Tensor           # (≤ 32,), the same for held-out pictures instead of samples
+
+
+def examine(study, trained, k):
+    """Examined, of the k-th network of a pair: a Trained."""
+    sigmas, held_out = psnr_sigmas(study), study.batch(range(len(study.x)))
+    memory = functools.partial(posterior_mean, x=trained.x)
+    rows = study.rng("training pictures", k).permutation(len(trained.x))[:512]
+    curves = {}
+    for side, x in (("training", trained.x[rows]), ("held out", held_out)):
+        curves[side] = psnr_curve(blind(trained.model), x, sigmas)
+        curves[f"exact, {side}"] = psnr_curve(memory, x, sigmas)
+    samples = draw_from(study, trained.model)
+    nearest, nearest_rows = to_nearest(samples, trained.x)
+    control, _ = to_nearest(held_out[:len(samples)], trained.x)
+    return Examined(curves, trained.groups[rows], samples, trained.x[nearest_rows], nearest, control)
 
 
 def compare_pair(study, pair):
     """Paper B, Fig. 1, 2 for two Trained whose training sets, of N pictures each, have no picture in common.
 
     psnr: means of both networks, and of exact memorisation. gap (Estimate): on training pictures minus
-    held-out ones, in dB, mean over σ. Cosines of pixels minus their mean colour, for each of 32 samples:
-    agreement with the other network's sample from the same noise; nearest: to its training set, POOL at most.
+    held-out ones, in dB, mean over σ. For each of 32 samples: agreement, the cosine with the other network's
+    sample from the same noise; nearest, with its nearest training picture. copies: nearest minus control.
     """
-    sigmas = psnr_sigmas(study)
-    held_out = study.pictures(range(len(study.x)))
-    curves, groups = defaultdict(list), []
-    drawn, nearest, controls, pictures = [], [], [], []
-    for k, trained in enumerate(pair):
-        study.progress(k / 2, f"N = {len(trained.x):,}")
-        memory = functools.partial(posterior_mean, x=trained.x)
-        rows = study.rng("training pictures", k).permutation(len(trained.x))[:512]
-        groups.append(trained.groups[rows])
-        for side, x in (("training", trained.x[rows]), ("held out", held_out)):
-            curves[side].append(psnr_curve(blind(trained.model), x, sigmas))
-            curves[f"exact, {side}"].append(psnr_curve(memory, x, sigmas))
-        samples = draw_from(study, trained)
-        drawn.append(less_colour(samples))
-        cosines, rows = to_nearest(samples, trained.x)
-        nearest.append(cosines.numpy())
-        pictures += [samples[:8], trained.x[rows[:8]]]
-        cosines, _ = to_nearest(held_out[:len(samples)], trained.x)
-        controls.append(cosines.numpy())
-    curves = {side: np.concatenate(both, 1) for side, both in curves.items()}  # (σ, pictures)
-    on_training = estimate(curves["training"].mean(0), np.concatenate(groups))
+    a, b = [examine(study, trained, k) for k, trained in enumerate(pair)]
+    curves = {side: np.concatenate([a.psnr[side], b.psnr[side]], 1) for side in a.psnr}  # (σ, pictures)
+    on_training = estimate(curves["training"].mean(0), np.concatenate([a.groups, b.groups]))
     on_held_out = estimate(curves["held out"].mean(0), np.tile(study.groups, 2))
-    a, b = drawn
-    agreement = (a * b).sum(1).cpu().numpy()
-    nearest, control = np.mean(nearest, 0), estimate(np.mean(controls, 0))
+    one, two = less_colour(a.samples), less_colour(b.samples)
+    agreement = (one * two).sum(1).cpu()
+    nearest, control = (a.nearest + b.nearest) / 2, estimate((a.control + b.control) / 2)
     return {
         "N": len(pair[0].x),
-        "sigmas": sigmas,
+        "sigmas": psnr_sigmas(study),
         "psnr": {side: curve.mean(1) for side, curve in curves.items()},
         "gap": difference(on_training, on_held_out),
         "cosines": {"agreement": agreement, "nearest": nearest},
         "agreement": estimate(agreement),
         "nearest": estimate(nearest),
-        "held_out": control,
+        "control": control,
         "copies": difference(estimate(nearest), control),
-        "other_noise": [(a * b.roll(k, 0)).sum(1).mean().item() for k in (1, 2, 3)],
-        "pictures": pictures}
+        "other_noise": [(one * two.roll(k, 0)).sum(1).mean().item() for k in (1, 2, 3)],
+        "drawing": [x[:8] for x in (a.samples, a.originals, b.samples, b.originals)]}
 
 
 def generalisation(study, view):
@@ -1131,7 +1118,7 @@ def generalisation(study, view):
         raise Skip("it compares networks: --versus names them")
     pairs = [compare_pair(study, pair) for pair in study.versus]
     nulls = {
-        "held-out": [{"memorised": pairs[0]["held_out"]}],
+        "held-out": [{"memorised": pairs[0]["control"]}],
         "other-noise": [{"agreement": cosine} for cosine in pairs[-1]["other_noise"]],
         "smallest-N": pairs[:-1][:1]}
     return {**pairs[-1], "memorised": pairs[0]["nearest"], "pairs": pairs, "nulls": nulls}
@@ -1157,16 +1144,16 @@ def wiener(x):
     λ = v/(v + σ²) for principal components of variance v. It has one basis for every picture: what "adapted
     to the picture" is held against.
     """
-    def kept(sigma):
+    def eigenvalues(sigma):
         return variances / (variances + sigma ** 2)
 
     def denoise(y, sigma):
         components = (y.flatten(1) - mean) @ vectors       # (B, m)
-        x_hat = mean + components * kept(sigma) @ vectors.T
+        x_hat = mean + components * eigenvalues(sigma) @ vectors.T
         return x_hat.view(y.shape)
 
     def basis(sigma):
-        return Basis(kept(sigma).cpu(), vectors.cpu())
+        return Basis(eigenvalues(sigma).cpu(), vectors.cpu())
 
     flat = x.flatten(1)
     mean = flat.mean(0)
@@ -1177,15 +1164,15 @@ def wiener(x):
 
 def jacobian(model, y):
     """J (D, D) of x̂ at y (C, H, W): wᵀJ for 64 unit vectors w at a time, from as many copies of y."""
-    rows = []
+    parts = []
     with torch.enable_grad():
         copies = y.repeat(64, 1, 1, 1).requires_grad_()
         x_hat = model.denoise(copies).flatten(1)           # (64, D), once for all w
         for w in torch.eye(y.numel()).to(y).split(64):
-            part = slice(len(w))
-            gradient, = torch.autograd.grad(x_hat[part], copies, w, retain_graph=True)
-            rows.append(gradient[part].flatten(1).cpu())
-    return torch.cat(rows)
+            k = len(w)
+            gradient, = torch.autograd.grad(x_hat[:k], copies, w, retain_graph=True)
+            parts.append(gradient[:k].flatten(1).cpu())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -1227,14 +1214,14 @@ def compaction(x, bases, ranks):
     return np.array([shares, decays])
 
 
-def harmonics(study, view, pictures=3):
+def harmonics(study, view, count=3):
     """Paper B, Fig. 3: do eigenvectors of the Jacobian at a noisy picture suit the picture?
 
     adapted, decay: `compaction` minus that of the Wiener filter's basis, rank = Σλ; symmetry: mean uᵀv. Of
     large pictures the central 32×32. Nulls: another picture's basis; a network of random weights (the
     untrained one of the other analyses returns the mean colour: its J is 0).
     """
-    def numbers_of(bases):
+    def beside_linear(bases):
         adapted, decay = compaction(x, bases, ranks) - of_linear
         symmetry = [float(basis.alignment.mean()) for basis in bases]
         return {
@@ -1242,33 +1229,32 @@ def harmonics(study, view, pictures=3):
             "decay": estimate(decay),
             "symmetry": estimate(symmetry)}
 
-    order = study.choose(len(study.x), "harmonics")
+    rows = study.choose(len(study.x), "harmonics")
     sigma = study.sigma or 0.1
-    x = central(study.pictures(order[:pictures]))
+    x = central(study.batch(rows[:count]))
     y = x + sigma * torch.randn(x.shape, generator=study.noise("harmonics"), device=x.device)
+    bases, progress = [], Progress()
+    for i, noisy in enumerate(y):
+        progress(i / len(y), f"Jacobian at picture {i + 1}")
+        bases.append(jacobian_basis(view.model, noisy))
+    ranks = [max(1, round(basis.values.sum().item())) for basis in bases]
+    _, linear_basis = wiener(central(study.batch(rows[count:])))
+    linear = linear_basis(sigma)
+    of_linear = compaction(x, [linear for _ in x], ranks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.seed)
         random = UNet(**study.checkpoint["model"]).to(study.device).eval()
-    bases = []
-    for i, noisy in enumerate(y):
-        study.progress(i / (len(y) + 1), f"Jacobian at picture {i + 1}")
-        bases.append(jacobian_basis(view.model, noisy))
-    random_bases = len(x) * [jacobian_basis(random, y[0])]             # which hardly depends on the picture
-    _, linear_basis = wiener(central(study.pictures(order[pictures:])))
-    linear = linear_basis(sigma)
-    ranks = [max(1, round(basis.values.sum().item())) for basis in bases]
-    of_linear = compaction(x, [linear for _ in x], ranks)
-    shifted = [numbers_of(bases[k:] + bases[:k]) for k in range(1, len(x))]
+    random_basis = jacobian_basis(random, y[0])            # which hardly depends on the picture
     return {
         "sigma": sigma,
-        **numbers_of(bases),
-        "nulls": {"other-picture": shifted, "random-weights": [numbers_of(random_bases)]},
+        **beside_linear(bases),
+        "nulls": {
+            "other-picture": [beside_linear(bases[k:] + bases[:k]) for k in range(1, len(x))],
+            "random-weights": [beside_linear([random_basis for _ in x])]},
         "effective_rank": ranks,
         "alignment": [basis.alignment for basis in bases],
         "bias": [basis.bias for basis in bases],
-        "values": [basis.values[:200] for basis in (*bases, linear)],
-        "squares": [coefficients(*pair)[:200] for pair in zip(x, bases)],
-        "pictures": (x, y, bases, linear)}
+        "drawing": (x, y, bases, linear)}
 
 
 def central(x, side=32):
@@ -1600,67 +1586,68 @@ CLAIMS = [
 ]
 
 
+
 # Drawings: the numbers of an analysis in, {name of a figure: (PIL image, what to see in it)} out
+
+PAGE_WIDE, THIRD = (1600, 800), (528, 420)                 # sizes of plots; a full page is 1600 pixels wide
+PSNR_AXES = "input PSNR (dB)", "output PSNR (dB)"
+
 
 def draw_sparsity(study, numbers):
     """Fig. 1, 10: for each block the histograms of PR at its input and output."""
     plots = []
     for block, (before, after) in numbers["pr"].items():
         span = limits([*before, *after])
-        marks = [
+        lines = [
             bars(before, 30, span, "input", ORANGE),
             bars(after, 30, span, "output", GREEN)]
-        plots.append(plot((530, 400), marks, "participation ratio", "pictures", block))
+        plots.append(plot(THIRD, lines, "participation ratio", "pictures", block))
     text = ("Fig. 1, 10. The share of active channels (PR) before and after each block. Paper: it rises in "
             "the encoder (E), falls in M and in the decoder (D).")
-    return {"sparsity": (grid(plots, 3, 5), text)}
+    return {"sparsity": (grid(plots, 3), text)}
 
 
 def draw_stability(study, numbers):
     """Fig. 2, 11: a curve a block."""
     sigmas = np.maximum(numbers["sigma_2"], 0.01)          # a logarithmic axis has no 0
-    marks = []
+    lines = []
     for name, curve in numbers["curves"].items():
         mean, sd = curve.mean(1), curve.std(1)
+        lines.append(Line(sigmas, mean, name))
         if name == "M":
-            marks.append(line(sigmas, mean, name, band=(mean - sd, mean + sd), width=9))
-        else:
-            marks.append(line(sigmas, mean, name))
-    image = plot((1600, 800), marks, "σ₂ (leftmost point: 0)", "cosine to σ₁ = 0.5", log="x")
-    text = ("Fig. 2, 11. How far each block keeps its direction when the noise changes (band: one SD). "
+            lines.append(band(sigmas, mean - sd, mean + sd, GRAY))
+    image = plot(PAGE_WIDE, lines, "σ₂ (leftmost point: 0)", "cosine to σ₁ = 0.5", log="x")
+    text = ("Fig. 2, 11. How far each block keeps its direction when the noise changes (gray: M's SD). "
             "Paper: M is highest. Stability counts only above the cosine between different pictures.")
     return {"stability": (image, text)}
 
 
 def draw_selectivity(study, numbers):
     """Fig. 3, 12: the histogram of PR, and the pictures that excite six channels most."""
-    code, pr = study.network.phi[study.sigma], numbers["pr"]
-    special, common = channel_groups(code)
-    marks = [
-        bars(pr, 40),
-        vertical(numbers["threshold"], "threshold (Otsu)", RED)]
+    pr, threshold = numbers["pr"], numbers["threshold"]
+    special, common = specialised_and_common(study.network.code)
+    histogram = bars(pr, 40)
+    rule = Line([threshold, threshold], [0, max(histogram.y)], "threshold (Otsu)", RED)
     cells = []
     for channel in [*special[:4], *common[:-3:-1]]:
-        excited = numbers["excited"][channel]
-        title = f"channel {channel}, PR {pr[channel]:.2g}; excited by {excited} of {len(code)}"
-        cells.append(exciting(study, channel, title, 160))
-    histogram = plot((1600, 480), marks, "participation ratio over the pictures", "channels of φ")
+        cells.append(exciting(study, channel, f"channel {channel}, PR {pr[channel]:.2g}", 160))
+    image = plot((1600, 480), [histogram, rule], "participation ratio over the pictures", "channels of φ")
     text = ("Fig. 3, 12. Over how many pictures each channel is active (PR). Paper: two groups. Below: what "
             "excites four specialised and two common channels most; do they share anything?")
-    return {"selectivity": (grid([histogram, grid(cells, 3)], 1), text)}
+    return {"selectivity": (grid([image, grid(cells, 3)], 1), text)}
 
 
 def exciting(study, channel, title, side):
     """The nine pictures that excite a channel most, in a square, with a title."""
-    rows = top_pictures(study.network.phi[study.sigma], channel)
-    return titled(title, panel(study.pictures(rows), side=side), 3 * side + 48)
+    rows = top_pictures(study.network.code, channel)
+    return titled(title, panel(study.batch(rows), side=side), 3 * side + 48)
 
 
 def draw_attributes(study, numbers):
-    """Fig. 4: a row a picture."""
+    """Fig. 4: a picture and what else excites its channels, beside one another."""
     cells = []
-    for k, x in enumerate(numbers["pictures"]):
-        cells.append(titled(numbers["names"][k], to_image(x, 352), 400))
+    for k, x in enumerate(study.batch(numbers["rows"])):
+        cells.append(titled("a picture", to_image(x, 352), 400))
         for channel, response in zip(numbers["channels"][k], numbers["responses"][k]):
             cells.append(exciting(study, channel, f"channel {channel}: {response:.1f} r.m.s.", 117))
     columns = 1 + numbers["channels"].shape[1]
@@ -1671,129 +1658,123 @@ def draw_attributes(study, numbers):
 
 def draw_neighbours(study, numbers):
     """Fig. 5, 14: what is nearest to two targets; Fig. 5: three components of φ for their neighbourhoods."""
-    sheets = []
-    for k, rows in enumerate(numbers["groups"]):
+    sheets, near = [], numbers["neighbourhoods"]
+    for k in (0, 1):
         for name in ("nearest in φ", "nearest in pixels"):
-            image = panel(study.pictures(numbers[name][k]), study.pictures(rows[:1]), side=256)
+            image = panel(study.batch(numbers[name][k]), study.batch(near[k, :1]), side=256)
             sheets.append(titled(f"{name} to the framed picture", image, 790, 24))
-    code = study.network.phi[study.sigma]
-    special, common = channel_groups(code)
-    relative = code / code.square().mean(0).sqrt().clamp(min=1e-12)
-    one, two = [relative[rows].mean(0)[special.copy()] for rows in numbers["groups"]]
-    first, second, third = special[(one - two).argmax()], special[(two - one).argmax()], common[-1]
+    code = study.network.code
+    special, common = specialised_and_common(code)
+    lead = (code[near[0]].mean(0) - code[near[1]].mean(0))[special]
+    first, second, third = special[lead.argmax()], special[lead.argmin()], common[-1]
     plots = []
     for i, j in ((first, second), (first, third), (second, third)):
-        marks = [dots(code[rows, i], code[rows, j]) for rows in numbers["groups"]]
-        plots.append(plot((530, 480), marks, f"φ[{i}]", f"φ[{j}]"))
-    near = ("Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ (left) and "
-            "of the pixels (right). Paper: the former share what they show.")
+        points = [dots(code[rows, i], code[rows, j]) for rows in near]
+        plots.append(plot(THIRD, points, f"φ[{i}]", f"φ[{j}]"))
+    nearest_text = ("Fig. 5, 14. Two pictures (framed) and the eight nearest to each, by the cosine of φ "
+                    "(left) and of the pixels (right). Paper: the former share what they show.")
     spaces = (f"Fig. 5. Two specialised channels of φ, {first} and {second}, and a common one, {third}, for "
-              "these two pictures and their neighbours, blue and red. Paper: either group leaves one "
+              "these two pictures and their neighbours, blue and red. Paper: either neighbourhood leaves one "
               "specialised channel (nearly) at zero: a union of planes.")
-    return {"neighbours": (grid(sheets, 2), near), "subspaces": (grid(plots, 3, 5), spaces)}
+    return {"neighbours": (grid(sheets, 2), nearest_text), "subspaces": (grid(plots, 3), spaces)}
 
 
 def draw_clusters(study, numbers):
-    """Fig. 6, 15, 16: distances of pairs against SD, t-SNE of seven groups; members of ten clusters."""
-    control, code = numbers["nulls"]["Gaussian"][0], study.network.phi[study.sigma]
-    apart = {"clusters": numbers["apart"], "Gaussian control": control.get("apart")}
-    maps = {"clusters": numbers["labels"]}
+    """Fig. 6, 15, 16: distances of pairs against SD, t-SNE of seven clusters; members of ten clusters."""
+    control, code = numbers["nulls"]["Gaussian"][0], study.network.code
+    apart = {"clusters": numbers["apart"], "Gaussian control": control["apart"]}
+    labelled = {"clusters": numbers["labels"]}
     if "classes" in numbers:
-        apart["classes"], maps["classes"] = numbers["classes"], study.labels
+        apart["classes"], labelled["classes"] = numbers["classes"], study.labels
     plots = []
     for name, pairs in apart.items():
-        if pairs is not None:
-            width, height = 1.05 * max(pairs.deviation), 1.05 * max(pairs.distance)
-            marks = [
-                dots(pairs.deviation, pairs.distance, name),
-                line([0, width], [0, 2 * width], "2 SD", RED)]
-            axes = "SD along the line", "centroid distance"
-            plots.append(plot((530, 440), marks, *axes, xlim=(0, width), ylim=(0, height)))
-    for name, labels in maps.items():
+        widest = max(pairs.deviation)
+        lines = [
+            dots(pairs.deviation, pairs.distance, name),
+            Line([0, widest], [0, 2 * widest], "2 SD", RED)]
+        plots.append(plot(THIRD, lines, "SD along the line", "centroid distance"))
+    for name, labels in labelled.items():
         large = np.flatnonzero(np.bincount(labels[labels >= 0]) >= 5)
         seven = study.rng("seven", name).permutation(large)[:7]
         rows = np.flatnonzero(np.isin(labels, seven))[:1000]
-        if len(rows):
-            places = tsne(code[rows])                      # (m, 2)
-            marks = [dots(*places[labels[rows] == c].T) for c in seven]
-            plots.append(plot((530, 440), marks, title=f"t-SNE of {len(seven)} {name}"))
-    sheets, rng = [], study.rng("members")
+        places = tsne(code[rows])                          # (m, 2)
+        points = [dots(*places[labels[rows] == c].T) for c in seven]
+        plots.append(plot(THIRD, points, title=f"t-SNE of {len(seven)} {name}"))
+    strips, rng = [], study.rng("members")
     for c in np.bincount(numbers["labels"]).argsort()[:-11:-1]:
         members = rng.permutation(np.flatnonzero(numbers["labels"] == c))
-        sheets.append((f"{c} ({len(members)})", study.pictures(members[:12])))
-    lines = ("Fig. 6. Distance of two clusters' centres against their width along the line that joins them. "
-             "Paper: all pairs of clusters lie above the line of 2 SD, classes overlap more.")
+        strips.append((f"{c} ({len(members)})", study.batch(members[:12])))
+    distances = ("Fig. 6. Distance of two clusters' centres against their width along the line that joins "
+                 "them. Paper: all pairs of clusters lie above the line of 2 SD, classes overlap more.")
     members = ("Fig. 6, 15, 16. Random members of the ten largest clusters, one a row (how many there are). "
                "Paper: they share the gist of the scene, not the class.")
-    sheet = picture_rows(sheets, side=112)
-    return {"clusters": (grid(plots, 3, 5), lines), "cluster-members": (sheet, members)}
+    sheet = picture_rows(strips, side=112)
+    return {"clusters": (grid(plots, 3), distances), "cluster-members": (sheet, members)}
 
 
 def draw_channels(study, numbers):
     """Fig. 13: marginals of four specialised and four common channels; every property against PR."""
-    code, plots, marginals = study.network.phi[study.sigma], [], []
-    special, common = channel_groups(code)
-    for name, group, color in (("specialised", special[:4], ORANGE), ("common", common[:-5:-1], BLUE)):
-        for channel in group:
-            marks = [bars(code[:, channel], 40, color=color)]
-            marginals.append(plot((395, 300), marks, f"φ[{channel}]", "pictures", name))
+    code, plots, marginals = study.network.code, [], []
+    special, common = specialised_and_common(code)
+    for kind, members, color in (("specialised", special[:4], ORANGE), ("common", common[:-5:-1], BLUE)):
+        for channel in members:
+            histogram = bars(code[:, channel], 40, color=color)
+            marginals.append(plot((394, 320), [histogram], f"φ[{channel}]", "pictures", kind))
     for name, values in numbers["properties"].items():
-        finite = np.isfinite(values + numbers["pr"])
-        marks = [dots(numbers["pr"][finite], values[finite])]
         title = f"rank correlation {numbers[name].value:.2f}"
-        plots.append(plot((530, 400), marks, "PR over the pictures", name, title))
+        plots.append(plot(THIRD, [dots(numbers["pr"], values)], "PR over the pictures", name, title))
     text = ("Fig. 13. Values of eight channels; properties of all against PR. Paper: specialised ones have "
             "heavy tails, are sparse in space and of few dimensions; common ones respond to more.")
-    return {"channels": (grid([grid(marginals, 4, 5), grid(plots, 3, 5)], 1), text)}
+    return {"channels": (grid([grid(marginals, 4), grid(plots, 3)], 1), text)}
 
 
 def draw_embedding(study, numbers):
     """Fig. 8: d² against ‖Δφ‖²; Fig. 21, of the pair in the middle."""
     square, d2 = numbers["square"], numbers["d2"]
     ends = np.array(limits(square, True))
-    marks = [
+    lines = [
         dots(square, d2, "pairs of pictures", BLUE, 7),
-        line(ends, numbers["A"] * ends, "A", GREEN),
-        line(ends, numbers["B"] * ends, "B", RED)]
-    image = plot((1600, 800), marks, "‖φ₁ − φ₂‖²", "symmetrised KL (nats), Eq. 4", log="xy")
+        Line(ends, numbers["A"] * ends, "A", GREEN),
+        Line(ends, numbers["B"] * ends, "B", RED)]
+    image = plot(PAGE_WIDE, lines, "‖φ₁ − φ₂‖²", "symmetrised KL (nats), Eq. 4", log="xy")
     middle = numbers["pairs"][square.argsort()[len(square) // 2]]
-    band = ("Fig. 8. How different the pictures that share φ₁ are from those that share φ₂. "
+    text = ("Fig. 8. How different the pictures that share φ₁ are from those that share φ₂. "
             f"B/A = {numbers['B'] / numbers['A']:.1f}. Paper: a narrow band, B/A = 2.9.")
     scores = ("Fig. 21. Noisy x₁; the score given φ₁, given φ₂; denoised given φ₁, given φ₂; half the "
               "difference. Paper: the scores differ where the pictures do.")
-    return {"embedding": (image, band), "scores": (draw_scores(study, study.pictures(middle)), scores)}
+    return {"embedding": (image, text), "scores": (draw_scores(study, study.batch(middle)), scores)}
 
 
 @torch.no_grad()
 def draw_scores(study, x):
     """Fig. 21, of x = (x₁, x₂), at y = x₁ + σz: σ²·score given φ₁ and given φ₂ (x̂ after matching, − y)."""
-    generator, rows = study.noise("Fig. 21"), [("x₁, x₂", x)]
-    for sigma in study.levels(0.1, 0.2, 0.4, 0.7, 1.0):
+    generator, strips = study.noise("Fig. 21"), [("x₁, x₂", x)]
+    for sigma in study.known_sigmas(0.1, 0.2, 0.4, 0.7, 1.0):
         y = x[:1] + sigma * torch.randn(x[:1].shape, generator=generator, device=x.device)
         phi_c = phi(study.model, x, sigma, study.draws, generator)
         matched, _ = guidance_step(study.model, y.repeat(2, 1, 1, 1), phi_c, memory=Memory())
         x_hat = study.model.denoise(matched)
         score = 0.5 + (x_hat - y) / (6 * sigma)            # ± 3 σ is black … white
-        difference = 0.5 + (x_hat[:1] - x_hat[1:]) / 2
-        rows.append((f"σ {sigma:g}", torch.cat([y, score, x_hat, difference])))
-    return picture_rows(rows, side=224)
+        half = 0.5 + (x_hat[:1] - x_hat[1:]) / 2
+        strips.append((f"σ {sigma:g}", torch.cat([y, score, x_hat, half])))
+    return picture_rows(strips, side=224)
 
 
 def draw_matching(study, numbers):
     """Fig. 20: σ̂ after matching against σ̂ before."""
     before, after = numbers["before"].flatten(), numbers["after"].flatten()
     ends = limits([*before, *after], True)
-    marks = [
-        line(ends, ends, "unchanged", GRAY),
+    lines = [
+        Line(ends, ends, "unchanged", GRAY),
         dots(before, after, "in Algorithm 1", BLUE)]
-    image = plot((1600, 800), marks, "σ̂ before matching", "σ̂ after matching", log="xy")
+    image = plot(PAGE_WIDE, lines, "σ̂ before matching", "σ̂ after matching", log="xy")
     text = "Fig. 20. The noise that the network sees before and after Algorithm 2. Paper: the same."
     return {"matching": (image, text)}
 
 
 def draw_reconstruction(study, numbers):
     """Fig. 7: samples around two targets, and the control; Fig. 19: unconditional ones."""
-    x, told, control, free = numbers["pictures"]
+    x, told, control, free = numbers["drawing"]
     sheets = []
     for samples, title in ((told, "told φ of the framed picture"),
                            (control, "control: told φ of an untrained network")):
@@ -1807,20 +1788,17 @@ def draw_reconstruction(study, numbers):
         "unconditional": (panel(free, side=390), "Fig. 19. Samples without a target.")}
 
 
-PSNR_AXES = "input PSNR (dB)", "output PSNR (dB)"
-
-
 def draw_denoising(study, numbers):
     """Paper B, Fig. 1: output against input PSNR, training pictures and others."""
     x = input_psnr(numbers["sigmas"])
-    marks = [line(x, x, "no denoising", GRAY)]
+    lines = [Line(x, x, "no denoising", GRAY)]
     for side, color in (("training", ORANGE), ("held out", BLUE)):
         values, errors = np.transpose(numbers["psnr"][side])
-        band = values - 2 * errors, values + 2 * errors
-        marks.append(line(x, values, side, color, points=True, band=band))
+        lines.append(band(x, values - 2 * errors, values + 2 * errors, color))
+        lines.append(Line(x, values, side, color, radius=8))
     text = ("Paper B, Fig. 1. Denoising of training pictures and of others (band: two standard errors). A "
             "network that has memorised is better on the former.")
-    return {"denoising": (plot((1600, 800), marks, *PSNR_AXES), text)}
+    return {"denoising": (plot(PAGE_WIDE, lines, *PSNR_AXES), text)}
 
 
 def draw_generalisation(study, numbers):
@@ -1831,16 +1809,14 @@ def draw_generalisation(study, numbers):
     for pair in numbers["pairs"]:
         title = f"N = {pair['N']:,}"
         x = input_psnr(pair["sigmas"])
-        lines = [line(x, pair["psnr"][side], side, color) for side, color in colors.items()]
-        curves.append(plot((526, 460), lines, *PSNR_AXES, title, ylim=(5, 45)))
+        lines = [Line(x, pair["psnr"][side], side, color) for side, color in colors.items()]
+        curves.append(plot(THIRD, lines, *PSNR_AXES, title, ylim=(5, 45)))
         cosines = [
             bars(pair["cosines"]["agreement"], 30, (-0.2, 1), "the two samples", BLUE),
             bars(pair["cosines"]["nearest"], 30, (-0.2, 1), "sample to training", ORANGE)]
-        histograms.append(plot((526, 400), cosines, "cosine", "samples", title))
-        rows = list(zip(names, pair["pictures"]))
-        sheets.append(titled(title, picture_rows(rows, 64)))
-    columns = min(3, len(curves))
-    plots = grid([grid(curves, columns), grid(histograms, columns)], 1)
+        histograms.append(plot(THIRD, cosines, "cosine", "samples", title))
+        sheets.append(titled(title, picture_rows(list(zip(names, pair["drawing"])), 64)))
+    plots = grid([grid(curves, 3), grid(histograms, 3)], 1)
     return {
         "generalisation": (plots, "Paper B, Fig. 1, 2. Above: PSNR on training pictures and others, and what "
                            "exact memorisation gives. Below: do two networks with no training picture in "
@@ -1852,311 +1828,206 @@ def draw_generalisation(study, numbers):
 
 def draw_harmonics(study, numbers):
     """Paper B, Fig. 3: a row a picture, with its eigenvectors, and the Wiener filter's; λ_k, ⟨x, e_k⟩²."""
-    x, y, bases, linear = numbers["pictures"]
+    x, y, bases, linear = numbers["drawing"]
+    shape = x.shape[1:]
     places = [k for k in (1, 2, 3, 5, 8, 12, 20, 30, 45) if k <= linear.vectors.shape[1]]
-    names = ["x", "y", "x̂", *[f"e {k}" for k in places]]
-    cells = [caption(name, 22, 128) for name in names]
-    blank = torch.ones_like(x[:1])
-    for clean, noisy, basis in zip([*x, *blank], [*y, *blank], [*bases, linear]):
-        denoised = clean
-        if basis.x_hat is not None:
-            denoised = basis.x_hat.view(clean.shape)
-        cells += [to_image(picture, 128) for picture in (clean, noisy, denoised)]
-        for k in places:
-            vector = basis.vectors[:, k - 1].view(clean.shape)
-            vector = vector / vector.abs().max()
-            cells.append(to_image(0.5 + 0.5 * vector, 128))
-    values, squares = [], []
-    legend = [*[f"picture {i + 1}" for i in range(len(x))], "Wiener"]
-    for name, eigenvalues in zip(legend, numbers["values"]):
-        k = np.arange(len(eigenvalues)) + 1
-        values.append(line(k, eigenvalues, name))
-    for name, square in zip(legend, numbers["squares"]):
-        mean = np.convolve(square, np.ones(5) / 5, "valid")
-        k = np.arange(len(mean)) + 3
-        squares.append(line(k, mean, name))
+
+    def eigenvectors(basis):
+        vectors = basis.vectors.T[np.array(places) - 1]    # (places, D)
+        vectors = vectors / vectors.abs().amax(1, keepdim=True)
+        return (0.5 + 0.5 * vectors).view(-1, *shape)
+
+    strips, eigenvalues, squares = [], [], []
+    for i, basis in enumerate([*bases, linear]):
+        name, pictures = "Wiener", torch.ones(3, *shape)
+        if basis is not linear:
+            name = f"picture {i + 1}"
+            pictures = torch.stack([x[i].cpu(), y[i].cpu(), basis.x_hat.view(shape)])
+            mean = np.convolve(coefficients(x[i], basis)[:200], np.ones(5) / 5, "valid")
+            squares.append(Line(np.arange(len(mean)) + 3, mean, name))
+        values = basis.values[:200]
+        eigenvalues.append(Line(np.arange(len(values)) + 1, values, name))
+        strips.append((name, torch.cat([pictures, eigenvectors(basis)])))
     plots = [
-        plot((796, 500), values, "k", "eigenvalue λ_k"),
+        plot((796, 500), eigenvalues, "k", "eigenvalue λ_k"),
         plot((796, 500), squares, "k", "⟨x, e_k⟩² (mean of five)", log="y")]
     text = (f"Paper B, Fig. 3. A picture, with noise (σ = {numbers['sigma']:g}), denoised, and eigenvectors "
-            "e_k of the denoiser's Jacobian there: do they oscillate along the picture's own contours? Last "
-            "row: the Wiener filter's, one basis for all. Below: how much of each is kept (λ), and how much "
-            "of the picture's contrast it holds.")
-    return {"harmonics": (grid([grid(cells, len(names), 4), grid(plots, 2)], 1), text)}
+            f"e_k of the denoiser's Jacobian there, k = {', '.join(map(str, places))}: do they oscillate "
+            "along the picture's own contours? Last row: the Wiener filter's, one basis for all. Below: how "
+            "much of each eigenvector is kept (λ), and how much of the picture's contrast it holds.")
+    return {"harmonics": (grid([picture_rows(strips, 128), grid(plots, 2)], 1), text)}
 
 
 def draw_regularity(study, numbers):
     """Paper B, Fig. 4, 5: output against input PSNR beside the optimal slope; on discs, eigenvalues of J."""
-    x, psnr = input_psnr(FIT), numbers["psnr"]
-    best = psnr.mean() + numbers["optimum"] * (x - x.mean())
-    marks = [
-        line(x, psnr, numbers["data"], BLUE, points=True),
-        line(x, numbers["linear_psnr"], "Wiener filter", ORANGE),
-        line(x, best, "optimal slope", GREEN),
-        line(x, x, "no denoising", GRAY)]
-    plots = [plot((796, 560), marks, *PSNR_AXES)]
+    x, output = input_psnr(FIT), numbers["psnr"]
+    best = output.mean() + numbers["optimum"] * (x - x.mean())
+    lines = [
+        Line(x, output, numbers["data"], BLUE, radius=8),
+        Line(x, numbers["linear_psnr"], "Wiener filter", ORANGE),
+        Line(x, best, "optimal slope", GREEN),
+        Line(x, x, "no denoising", GRAY)]
+    plots = [plot((796, 560), lines, *PSNR_AXES)]
     if "eigenvalues" in numbers:
-        marks = [line(np.arange(1, 13), numbers["eigenvalues"], points=True), vertical(5.5)]
-        plots.append(plot((796, 560), marks, "k", "eigenvalue λ_k"))
+        lines = [
+            Line(np.arange(1, 13), numbers["eigenvalues"], radius=8),
+            Line([5.5, 5.5], [0, 1], "dimension of the discs", GRAY)]
+        plots.append(plot((796, 560), lines, "k", "eigenvalue λ_k"))
     text = ("Paper B, Fig. 4, 5. Denoising of pictures of known regularity beside the optimal slope; on "
             "discs, eigenvalues of the Jacobian, ideally 0 after the fifth. Slopes in the paper: .46, .61, "
             ".75, .83 for α = 1, 2, 3, 5.")
     return {"regularity": (grid(plots, 2), text)}
 
 
-# Axes and marks: plots by Pillow alone; a full page is 1600 pixels wide
+# Axes: plots by Pillow alone
 
 BLUE, RED, GREEN, ORANGE, GRAY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"     # Okabe and Ito
 COLORS = BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000", "#8c6d31"
 
 
-class Mark(NamedTuple):
-    """What `plot` draws, by draw(pen, frame, color); x and y are the values that set the plot's ranges."""
-    draw: Callable
+class Line(NamedTuple):
+    """A line through points, in pixels `width` wide; a point that is not finite is left out."""
     x: np.ndarray
     y: np.ndarray
-    label: str
-    color: str
+    label: str = ""
+    color: str = ""                 # by default the next of COLORS
+    width: int = 5
+    radius: int = 0                 # of discs at the points
+    filled: bool = False            # what the line encloses is shaded
 
 
-class Axis(NamedTuple):
-    """The values low … high lie at the pixels first … last; log: by their logarithms."""
-    low: float
-    high: float
-    log: bool
-    first: float
-    last: float
-
-    def pixels(self, values):
-        """Where these values lie, as an array; not finite where the logarithm is not."""
-        values = np.asarray(values, float)
-        low, high = self.low, self.high
-        if self.log:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values, low, high = np.log(values), np.log(low), np.log(high)
-        return self.first + (values - low) / (high - low) * (self.last - self.first)
+def dots(x, y, label="", color="", radius=5):
+    """Discs at points, without the line."""
+    return Line(x, y, label, color, width=0, radius=radius)
 
 
-class Frame(NamedTuple):
-    """Two axes: x from the left to the right, y from the bottom to the top."""
-    x: Axis
-    y: Axis
-
-    def points(self, x, y):
-        """The pixels [(across, down)] of the points whose place is finite."""
-        places = np.stack([self.x.pixels(x), self.y.pixels(y)], 1)
-        places = places[np.isfinite(places).all(1)]
-        return list(map(tuple, places))
+def band(x, low, high, color):
+    """The space between two curves, shaded."""
+    return Line([*x, *x[::-1]], [*low, *high[::-1]], color=color, width=0, filled=True)
 
 
-def line(x, y, label=None, color=None, points=False, band=None, width=5):
-    """A polyline, with discs at its points if `points`; band: (low, high), shaded. NaN leaves a point out."""
-    def draw(pen, frame, color):
-        if band is not None:
-            low, high = (frame.points(x, edge) for edge in band)
-            pen.polygon(low + high[::-1], color + "38")
-        pen.line(frame.points(x, y), color, width, joint="curve")
-        if points:
-            draw_discs(pen, frame.points(x, y), 8, color)
-
-    if band is None:
-        return Mark(draw, x, y, label, color)
-    return Mark(draw, x, np.concatenate([y, *band]), label, color)
-
-
-def dots(x, y, label=None, color=None, radius=5):
-    """Discs of a radius in pixels at the points."""
-    def draw(pen, frame, color):
-        draw_discs(pen, frame.points(x, y), radius, color + "b0")
-
-    return Mark(draw, x, y, label, color)
-
-
-def draw_discs(pen, places, radius, color):
-    """Discs with a white rim at these pixels."""
-    for x, y in places:
-        box = x - radius, y - radius, x + radius, y + radius
-        pen.ellipse(box, color, "#ffffff")
-
-
-def bars(values, bins, span=None, label=None, color=None):
-    """A histogram of the finite values in equal bins over `span`; several show through one another."""
-    def draw(pen, frame, color):
-        tops = frame.points(edges[:-1], counts)
-        feet = frame.points(edges[1:], 0 * counts)
-        for top, foot in zip(tops, feet):
-            if top[1] < foot[1]:
-                pen.rectangle([top, foot], color + "90", color)
-
+def bars(values, bins, span=None, label="", color=""):
+    """The outline of a histogram of the finite values, in equal bins over `span`, with its inside shaded."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     counts, edges = np.histogram(values, bins, span or limits(values))
-    return Mark(draw, edges, [0, counts.max()], label, color)
+    return Line(edges.repeat(2), [0, *counts.repeat(2), 0], label, color, width=2, filled=True)
 
 
-def vertical(x, label=None, color=GRAY):
-    """A line across the whole plot at x."""
-    def draw(pen, frame, color):
-        pen.line(frame.points([x, x], [frame.y.low, frame.y.high]), color, 3)
+class Axis(NamedTuple):
+    """A side of a plot's frame: the values low … high lie along its length in pixels; log: as logarithms."""
+    low: float
+    high: float
+    log: bool
+    length: int
 
-    return Mark(draw, [x], [math.nan], label, color)
+    def pixels(self, values):
+        """How far from the end of `low` these values lie, an array."""
+        values, low, high = np.asarray(values, float), self.low, self.high
+        if self.log:
+            values, low, high = np.log(values), np.log(low), np.log(high)
+        return (values - low) / (high - low) * self.length
 
 
 def limits(values, log=False):
     """(low, high), a little wider than the finite values; 0 if they start there. log: of those above 0."""
     values = np.asarray(values, float)
-    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    values = values[np.isfinite(values)]
+    if log:
+        values = values[values > 0]
     if not len(values):
         return 1.0, 2.0
-    low, high = float(values.min()), float(values.max())
+    low, high = values.min(), values.max()
     if log:
         return low / 1.15, high * 1.15
-    margin = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
+    margin = 0.05 * (high - low) or 0.5
     if low != 0:
         low -= margin
     return low, high + margin
 
 
-def plot(size, marks, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=""):
-    """Marks in axes, a PIL image of `size` (width, height) in pixels.
-
-    xlim, ylim: (low, high), by default `limits` of the marks. log: "x", "y" or "xy". An axis without a label
-    has no numbers (t-SNE has no units). The frame does not depend on the title, nor on a legend of two rows.
-    """
-    width, height = size
-    text = font(26 if width > 800 else 22)
-    em = text.size
-    marks = [mark._replace(color=mark.color or COLORS[k % 8]) for k, mark in enumerate(marks)]
-    legend = legend_rows(marks, width, text)
-    top = 8 + int(1.4 * em) * (1 + max(2, len(legend)))
-    bottom = height - 8
-    if xlabel:
-        bottom -= int(2.9 * em)
-    ylim = ylim or limits(np.concatenate([mark.y for mark in marks]), "y" in log)
-    y_axis = Axis(*ylim, "y" in log, bottom, top)
-    left = 14
-    if ylabel:
-        left += int(1.7 * em + widest(ticks(y_axis, text), text))
-    xlim = xlim or limits(np.concatenate([mark.x for mark in marks]), "x" in log)
-    frame = Frame(Axis(*xlim, "x" in log, left, width - em), y_axis)
-
-    sheet = Image.new("RGB", size, "white")
-    pen, middle = ImageDraw.Draw(sheet), (left + width - em) / 2
-    if xlabel:
-        draw_x_ticks(pen, frame, text)
-        pen.text((middle, height - 4), greek(xlabel), "black", text, "md")
-    if ylabel:
-        draw_y_ticks(pen, frame, text)
-        name = upwards(greek(ylabel), text)
-        sheet.paste(name, (2, (top + bottom - name.height) // 2))
-    draw_marks(sheet, frame, marks)
-    draw_legend(pen, legend, top, text)
-    pen.text((middle, top - 8 - 1.4 * em * len(legend)), greek(title), "black", text, "md")
-    return sheet
-
-
-def ticks(axis, text):
-    """Round numbers in an axis' range, as many as there is room for: their names must not touch."""
-    length = axis.last - axis.first                        # negative: vertical
-    for values in round_numbers(axis):
+def ticks(axis, text, across=False):
+    """Round numbers in an axis' range, as many as have room for their names; across: it is horizontal."""
+    low, high = axis.low, axis.high
+    steps = 10.0 ** math.floor(math.log10(high - low) - 1) * np.array([1, 2, 5, 10, 20, 50])
+    if axis.log:                                           # of the exponent: 1, 2, 3 …; 1, 2, 5, 10; powers
+        low, high, steps = math.log10(low), math.log10(high), (1 / 20, 1 / 3, 1, 2, 5)
+    for step in steps:
+        values = step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+        if axis.log:
+            values = np.unique([float(f"{10.0 ** value:.0e}") for value in values])
+            values = values[(values >= axis.low) & (values <= axis.high)]
         room = 1.5 * text.size
-        if length > 0:
-            room = 0.8 * text.size + widest(values, text)
-        gaps = np.abs(np.diff(axis.pixels(values)))
-        if (gaps >= max(room, abs(length) / 8)).all():
+        if across:
+            room = text.size + max([text.getlength(f"{value:g}") for value in values], default=0)
+        if (np.diff(axis.pixels(values)) >= room).all():
             return values
 
 
-def round_numbers(axis):
-    """Lists of numbers in the range, ever fewer: 1, 2 or 5 times a power of ten, at equal steps or ratios."""
-    low, high = axis.low, axis.high
-    if axis.log and high > 4 * low:
-        powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.log10(high))
-        values = np.outer(powers, [1, 2, 5]).flatten()
-        yield values[(values >= low) & (values <= high)]
-        powers = powers[powers >= low]
-        for stride in range(1, len(powers) + 1):
-            yield powers[::stride]
-    unit = 10.0 ** math.floor(math.log10(high - low) - 1)
-    for step in unit * np.array([1, 2, 5, 10, 20, 50, 100]):
-        first = math.ceil(low / step - 1e-9)
-        last = math.floor(high / step + 1e-9)
-        yield step * np.arange(first, last + 1)
+def plot(size, lines, xlabel="", ylabel="", title="", xlim=None, ylim=None, log=""):
+    """Lines in a frame, a PIL image of `size` (width, height) in pixels.
+
+    xlim, ylim: (low, high), by default `limits` of the lines. log: "x", "y" or "xy". An axis without a label
+    has no numbers (t-SNE has no units). The frame depends on `size` alone: plots stand level in a row.
+    """
+    width, height = size
+    text = font(26 if width > 800 else 22)
+    left, top = 9 * text.size // 2, 5 * text.size          # above: two rows of the legend, and a row of names
+    right, bottom = width - 2 * text.size, height - 3 * text.size
+    xlim = xlim or limits(np.concatenate([line.x for line in lines]), "x" in log)
+    ylim = ylim or limits(np.concatenate([line.y for line in lines]), "y" in log)
+    across, up = Axis(*xlim, "x" in log, right - left), Axis(*ylim, "y" in log, bottom - top)
+    sheet = Image.new("RGB", size, "white")
+    inside = Image.new("RGB", (right - left + 1, bottom - top + 1), "white")
+    words, pen = ImageDraw.Draw(sheet), ImageDraw.Draw(inside, "RGBA")
+    if xlabel:
+        for value in ticks(across, text, across=True):
+            x = across.pixels(value)
+            pen.line([x, 0, x, up.length], "#e4e4e4", 2)
+            words.text((left + x, bottom + 8), f"{value:g}", "black", text, "ma")
+    if ylabel:
+        for value in ticks(up, text):
+            y = up.length - up.pixels(value)
+            pen.line([0, y, across.length, y], "#e4e4e4", 2)
+            words.text((left - 8, top + y), f"{value:g}", "black", text, "rm")
+    lines = [line._replace(color=line.color or COLORS[k % 8]) for k, line in enumerate(lines)]
+    for line in lines:
+        draw_line(pen, across, up, line)
+    pen.rectangle([0, 0, across.length, up.length], outline="#444444", width=2)
+    sheet.paste(inside, (left, top))
+    words.text(((left + right) / 2, height - 4), greek(xlabel), "black", text, "md")
+    words.text((8, top - 14), greek(ylabel), "black", text, "ld")
+    words.text((right, top - 14), greek(title), "black", text, "rd")
+    draw_legend(words, lines, width, text)
+    return sheet
 
 
-def tick_name(value):
-    """0.0005, 100000, 2.5 M."""
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g} M"
-    return f"{value:.6g}"
+def draw_line(pen, across, up, line):
+    """A Line inside the frame of two axes."""
+    places = np.stack([across.pixels(line.x), up.length - up.pixels(line.y)], 1)
+    places = [tuple(place) for place in places if np.isfinite(place).all()]
+    if line.filled:
+        pen.polygon(places, line.color + "60")
+    if line.width:
+        pen.line(places, line.color, line.width, joint="curve")
+    if line.radius:
+        for x, y in places:
+            box = x - line.radius, y - line.radius, x + line.radius, y + line.radius
+            pen.ellipse(box, line.color + "b0", "white")
 
 
-def widest(values, text):
-    """The width in pixels of the longest of these ticks' names."""
-    names = map(tick_name, values)
-    return max(map(text.getlength, names), default=0)
-
-
-def draw_x_ticks(pen, frame, text):
-    """Vertical grid lines, and their names under the frame, the last one not beyond the picture."""
-    bottom, top = frame.y.first, frame.y.last
-    for value in ticks(frame.x, text):
-        x = float(frame.x.pixels(value))
-        pen.line([x, top, x, bottom], "#e4e4e4", 2)
-        name = tick_name(value)
-        limit = frame.x.last + text.size - text.getlength(name) / 2
-        pen.text((min(x, limit), bottom + 8), name, "black", text, "ma")
-
-
-def draw_y_ticks(pen, frame, text):
-    """Horizontal grid lines, and their names to the left of the frame."""
-    left, right = frame.x.first, frame.x.last
-    for value in ticks(frame.y, text):
-        y = float(frame.y.pixels(value))
-        pen.line([left, y, right, y], "#e4e4e4", 2)
-        pen.text((left - 8, y), tick_name(value), "black", text, "rm")
-
-
-def upwards(label, text):
-    """The name of the vertical axis, to be read from the bottom to the top."""
-    size = int(text.getlength(label)) + 4, int(1.4 * text.size)
-    image = Image.new("RGB", size, "white")
-    ImageDraw.Draw(image).text((2, 2), label, "black", text)
-    return image.rotate(90, expand=True)
-
-
-def draw_marks(sheet, frame, marks):
-    """The marks, cut off at the frame, and the frame."""
-    inside = sheet.copy()
-    for mark in marks:
-        mark.draw(ImageDraw.Draw(inside, "RGBA"), frame, mark.color)
-    box = frame.x.first, frame.y.last, frame.x.last, frame.y.first
-    sheet.paste(inside.crop(box), box)
-    ImageDraw.Draw(sheet).rectangle(box, outline="#444444", width=2)
-
-
-def legend_rows(marks, width, text):
-    """Rows of (left edge in pixels, mark): the names of the marks, as many in a row as there is room for."""
-    rows, left = [], math.inf
-    for mark in marks:
-        if mark.label:
-            length = 1.3 * text.size + text.getlength(greek(mark.label))
-            if left + length > width:
-                rows.append([])
-                left = 14
-            rows[-1].append((left, mark))
-            left += length + text.size
-    return rows
-
-
-def draw_legend(pen, rows, top, text):
-    """The rows of `legend_rows` above the frame, whose upper edge is `top`."""
-    em = text.size
-    for k, row in enumerate(rows):
-        y = top - 1.4 * em * (len(rows) - k - 0.3)
-        for x, mark in row:
-            pen.rectangle([x, y - em / 3, x + em, y + em / 3], mark.color)
-            pen.text((x + 1.3 * em, y), greek(mark.label), "black", text, "lm")
+def draw_legend(pen, lines, width, text):
+    """The labels of lines with their colours, in rows from the top."""
+    em, x, y = text.size, 8, 8
+    for line in lines:
+        if line.label:
+            label = greek(line.label)
+            length = 1.3 * em + text.getlength(label)
+            if x + length > width:
+                x, y = 8, y + 1.4 * em
+            pen.rectangle([x, y + 0.3 * em, x + em, y + em], line.color)
+            pen.text((x + 1.3 * em, y), label, "black", text)
+            x += length + em
 
 
 # Report
@@ -2186,55 +2057,45 @@ def is_counted(only, kind):
     return only in ("", kind)
 
 
-def say_verdicts(verdicts, kind):
-    """The verdicts, and how many hold of those that count."""
-    counts = {"holds": 0, "fails": 0, "not comparable": 0}
+def report(verdicts, kind):
+    """The verdicts, and how many hold of those that count; a text of many lines."""
+    lines, counts = [], {"holds": 0, "fails": 0, "not comparable": 0}
     for verdict in verdicts:
-        say(f"{verdict.verdict:14} {verdict.claim} ({verdict.place})")
-        say(f"{'':14} {words(verdict)}")
+        lines.append(f"{verdict.verdict:14} {verdict.claim} ({verdict.place})")
+        lines.append(f"{'':14} {words(verdict)}")
         counts[verdict.verdict] += is_counted(verdict.only, kind)
     total = ", ".join(f"{count} {name}" for name, count in counts.items())
-    say(f"of what the papers say of such pictures: {total}")
+    return "\n".join([*lines, f"of what the papers say of such pictures: {total}"])
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 17px/1.5 sans-serif; max-width: 1000px; margin: auto }} img {{ width: 100% }}
-td {{ vertical-align: top; padding: 8px 9px 8px 0; border-top: 1px solid #ccc }}
-.holds {{ color: #006644; font-weight: bold }} .fails {{ color: #a33300; font-weight: bold }}</style>
-<h1>{title}</h1><p>{alive}</p><p>{scale}</p>
-<table>
-{rows}
-</table>
+pre {{ white-space: pre-wrap; font-size: 14px }}</style>
+<h1>{title}</h1>
+<pre>{text}</pre>
 {figures}
 </html>
 """
 
 
-def write_page(out, title, alive, scale, verdicts, captions):
-    """index.html in the folder `out`: the verdicts, and the figures that lie beside it."""
-    def safe(text):
-        return html.escape(printable(text))
-
-    rows, figures = [], []
-    for verdict in verdicts:
-        text = f"<b>{safe(verdict.claim)}</b> ({safe(verdict.place)})<br>{safe(words(verdict))}"
-        rows.append(f'<tr><td class="{verdict.verdict}">{verdict.verdict}<td>{text}')
-    for name, text in captions.items():
-        figures.append(f'<h2>{name}</h2><p>{safe(text)}</p><img src="{name}.png" alt="{name}">')
-    page = PAGE.format(title=safe(title), alive=safe(alive), scale=safe(scale),
-                       rows="\n".join(rows), figures="\n".join(figures))
-    with write(os.path.join(out, "index.html")) as file:
+def write_page(path, title, text, captions):
+    """index.html: the report's text, and the figures that lie beside it with their captions."""
+    figures = []
+    for name, seen in captions.items():
+        figures.append(f'<h2>{name}</h2><p>{html.escape(seen)}</p><img src="{name}.png" alt="{name}">')
+    page = PAGE.format(title=html.escape(title), text=html.escape(text), figures="\n".join(figures))
+    with write(path) as file:
         file.write(page.encode())
 
 
 def plain(value):
-    """Numbers, arrays and tensors as JSON has them: six digits, NaN as null; "pictures" are left out."""
+    """Numbers, arrays and tensors as JSON has them: six digits, NaN as null; "drawing" is left out."""
     if hasattr(value, "_asdict"):                          # a NamedTuple
         value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items() if key != "pictures"}
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items() if key != "drawing"}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float):
@@ -2246,12 +2107,12 @@ def claims_table(paths):
     """Markdown: claims × networks, from results.json of each; in brackets what does not count."""
     records = [json.loads(Path(path).read_bytes()) for path in paths]
     names = [record["checkpoint"]["name"] for record in records]
-    rows = [["claim", *names], ["---" for _ in (0, *names)]]
+    table = [["claim", *names], ["---" for _ in (0, *names)]]
     for claim in CLAIMS:
         signs = [sign_of(claim, record) for record in records]
         if set(signs) != {"–"}:
-            rows.append([f"{claim.place}: {claim.text}", *signs])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            table.append([f"{claim.place}: {claim.text}", *signs])
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def sign_of(claim, record):
@@ -2265,41 +2126,22 @@ def sign_of(claim, record):
 
 # Running
 
-class Analysis(NamedTuple):
-    """A measure, the drawing of its figures, and about how many seconds of one core both take."""
-    measure: Callable
-    draw: Callable
-    share: float
-
-
-ANALYSES = {
-    "sparsity": Analysis(sparsity, draw_sparsity, 18),
-    "stability": Analysis(stability, draw_stability, 1),
-    "selectivity": Analysis(selectivity, draw_selectivity, 1),
-    "attributes": Analysis(attributes, draw_attributes, 1),
-    "neighbours": Analysis(neighbours, draw_neighbours, 1),
-    "clusters": Analysis(clusters, draw_clusters, 8),
-    "channels": Analysis(channels, draw_channels, 4),
-    "embedding": Analysis(embedding, draw_embedding, 20),
-    "matching": Analysis(matching, draw_matching, 20),
-    "reconstruction": Analysis(reconstruction, draw_reconstruction, 20),
-    "denoising": Analysis(denoising, draw_denoising, 5),
-    "generalisation": Analysis(generalisation, draw_generalisation, 60),
-    "harmonics": Analysis(harmonics, draw_harmonics, 60),
-    "regularity": Analysis(regularity, draw_regularity, 3)
+ANALYSES = {                        # {name: (measure, drawing)}
+    "sparsity": (sparsity, draw_sparsity),
+    "stability": (stability, draw_stability),
+    "selectivity": (selectivity, draw_selectivity),
+    "attributes": (attributes, draw_attributes),
+    "neighbours": (neighbours, draw_neighbours),
+    "clusters": (clusters, draw_clusters),
+    "channels": (channels, draw_channels),
+    "embedding": (embedding, draw_embedding),
+    "matching": (matching, draw_matching),
+    "reconstruction": (reconstruction, draw_reconstruction),
+    "denoising": (denoising, draw_denoising),
+    "generalisation": (generalisation, draw_generalisation),
+    "harmonics": (harmonics, draw_harmonics),
+    "regularity": (regularity, draw_regularity)
 }
-
-
-def measure(study, name):
-    """The numbers of an analysis, of the network; in "nulls" those of the nulls of its claims. Or Skip."""
-    measure_view = ANALYSES[name].measure
-    numbers = measure_view(study, study.network)
-    nulls = numbers.setdefault("nulls", {})
-    for claim in claims_of(name):
-        for null in claim.nulls.split():
-            if null not in nulls:
-                nulls[null] = [measure_view(study, view) for view in study.nulls(null)]
-    return numbers
 
 
 def claims_of(name):
@@ -2307,31 +2149,39 @@ def claims_of(name):
     return [claim for claim in CLAIMS if claim.number.startswith(f"{name}.")]
 
 
-def analyse(study, names, progress):
-    """The analyses of these names: (verdicts, {analysis: numbers}, {figure: what to see}); writes figures."""
-    verdicts, numbers, captions, done = [], {}, {}, 0.0
-    whole = sum(ANALYSES[name].share for name in names)
+def numbers_of(study, name):
+    """The numbers of an analysis, of the network; in "nulls" those of the nulls of its claims. Or Skip."""
+    measure, _ = ANALYSES[name]
+    numbers = measure(study, study.network)
+    nulls = numbers.setdefault("nulls", {})
+    for claim in claims_of(name):
+        for null in claim.nulls.split():
+            if null not in nulls:
+                nulls[null] = [measure(study, view) for view in study.nulls(null)]
+    return numbers
+
+
+def analyse(study, names, out):
+    """The analyses of these names: (verdicts, {analysis: numbers}, {figure: what to see}).
+
+    Writes the figures into the folder `out`.
+    """
+    verdicts, numbers, captions = [], {}, {}
     for name in names:
-        analysis, begun = ANALYSES[name], time.monotonic()
-
-        def report(fraction, text):
-            progress((done + analysis.share * fraction) / whole, f"{name}: {text}")
-
-        study.progress, figures = report, {}
+        figures, (_, draw), begun = {}, ANALYSES[name], time.monotonic()
         try:
-            numbers[name] = measure(study, name)
+            numbers[name] = numbers_of(study, name)
             for claim in claims_of(name):
                 verdicts.append(judge(claim, numbers[name], numbers[name]["nulls"], study.alive.why_not))
-            figures = analysis.draw(study, numbers[name])
+            figures = draw(study, numbers[name])
             say(f"{name}: {duration(time.monotonic() - begun)}")
         except Skip as reason:                             # of the measure, or of its drawing alone
             numbers.setdefault(name, {"skipped": str(reason)})
             say(f"{name}: left out: {reason}")
         for figure, (image, text) in figures.items():
             captions[figure] = text
-            with write(os.path.join(study.out, f"{figure}.png")) as file:
+            with write(os.path.join(out, f"{figure}.png")) as file:
                 image.save(file, "png")
-        done += analysis.share
     return verdicts, numbers, captions
 
 
@@ -2347,9 +2197,9 @@ def prepare(flags, model, checkpoint, device):
     is_known = pictures.fingerprint == checkpoint["fingerprint"]
     if not (is_known or flags.data):
         raise UserError(f"{data}: has changed since the training; --data says which pictures to analyse")
-    rows, what, pairs, most = held_out, "held out", (), flags.images
+    rows, what, versus, most = held_out, "held out", (), flags.images
     if flags.versus:
-        pairs, pictures, rows = load_pairs(flags.checkpoint, flags.versus, device)
+        versus, rows = load_pairs(flags.checkpoint, flags.versus, pictures, device)
         most = 512
     elif flags.data:
         rows = np.arange(len(pictures.x))
@@ -2359,10 +2209,9 @@ def prepare(flags, model, checkpoint, device):
         raise UserError(f"{len(rows)} pictures are too few, 20 are the least; --data names others (if those "
                         "of the training, all are analysed)")
     study = Study(
-        model, checkpoint, pictures.x[rows], pictures.labels[rows], pictures.groups[rows],
-        versus=pairs, kind=flags.kind, sigmas=tuple(dict.fromkeys(flags.sigma)), draws=flags.draws,
-        seed=flags.seed, device=device, clusters=flags.clusters, pairs=flags.pairs, steps=flags.steps,
-        given=flags.pictures, out=flags.out)
+        model, checkpoint, pictures.x[rows], pictures.labels[rows], pictures.groups[rows], versus=versus,
+        sigmas=flags.sigma, draws=flags.draws, seed=flags.seed, device=device, clusters=flags.clusters,
+        pairs=flags.pairs, steps=flags.steps)
     if is_known:
         training = in_random_order(pictures, training, flags.seed)[:POOL]
         held_out = in_random_order(pictures, held_out, flags.seed)[:512]
@@ -2405,15 +2254,14 @@ def arguments():
     add("--clusters", type=number(int, 2), help="K (default: 100, or a 20th of the pictures)")
     add("--pairs", type=number(int, 5), default=24, help="of pictures, for Eq. 4 (default: 24)")
     add("--steps", type=number(int, 3), default=STEPS, help="noise levels of Algorithm 1 (25)")
-    add("--pictures", nargs="+", default=[], metavar="P", help="for attributes (default: three, by seed)")
     add("--seed", type=number(int, 0, 2 ** 31), default=0, help="default: 0")
     add("--out", default="figures", metavar="FOLDER", help="default: figures")
     add("--force", action="store_true", help="write into a folder that is not empty")
     add("--device", help="cpu, cuda, mps (default: the fastest there is)")
     add("--table", nargs="+", metavar="FILE", help="verdicts of several results.json in Markdown")
     flags = parser.parse_args()
-    if not flags.table and not 1 <= len(flags.checkpoint) <= max(1, len(flags.versus)):
-        raise UserError("one checkpoint is analysed at a time (--help lists the flags)")
+    if not flags.table and len(flags.checkpoint) != max(1, len(flags.versus)):
+        raise UserError("needs one checkpoint, or as many as --versus (--help lists the flags)")
     return flags
 
 
@@ -2423,38 +2271,35 @@ def main():
     if flags.table:
         print(claims_table(flags.table))
         return
-    device, path = choose_device(flags.device), flags.checkpoint[0]
+    device, path, out = choose_device(flags.device), flags.checkpoint[0], Path(flags.out)
     model, checkpoint = load_checkpoint(path, device)
     check_folder(flags.out, flags.force, flags.data or checkpoint["flags"]["data"])
     study, paths, what = prepare(flags, model, checkpoint, device)
-    os.makedirs(flags.out, exist_ok=True)
-    progress = study.progress = Progress()
-    with write(os.path.join(flags.out, "phi.npz")) as file:
-        code = study.network.phi[study.sigma].numpy()
+    out.mkdir(parents=True, exist_ok=True)
+    with write(out / "phi.npz") as file:
+        code = study.network.code.numpy()
         np.savez(file, phi=code, sigma=study.sigma, paths=paths, labels=study.labels)
-    side, seen = checkpoint["size"], checkpoint["training"]["pictures_seen"]
-    alive, scale = alive_line(study.alive), (
-        f"{len(study.x)} pictures ({what}) of {side}×{side}, width {model.width}, {seen:,} pictures seen in "
-        f"training; φ at σ = {study.sigma:g}, {study.draws} draws")
+    alive, seen = alive_line(study.alive), checkpoint["training"]["pictures_seen"]
+    scale = (f"{len(study.x)} pictures ({what}), width {model.width}, {seen:,} pictures seen in training; "
+             f"φ at σ = {study.sigma:g}, {study.draws} draws")
     say(f"{alive}\n{scale}")
     names = flags.only or list(ANALYSES)
     if flags.versus:
         names = ["generalisation"]
-    verdicts, numbers, captions = analyse(study, names, progress)
-    name = os.path.basename(path)
+    verdicts, numbers, captions = analyse(study, names, out)
+    name, text = printable(os.path.basename(path)), report(verdicts, flags.kind)
     record = {
         "checkpoint": {"name": name, "sha256": checkpoint["sha256"], "training": checkpoint["training"]},
-        "kind": study.kind,
+        "kind": flags.kind,
         "alive": study.alive,
         "scale": scale,
         "settings": vars(flags),
         "verdicts": verdicts,
         "analyses": numbers}
-    with write(os.path.join(flags.out, "results.json")) as file:
+    with write(out / "results.json") as file:
         file.write(json.dumps(plain(record)).encode())
-    write_page(flags.out, f"What {name} represents", alive, scale, verdicts, captions)
-    say_verdicts(verdicts, study.kind)
-    say(f"wrote {os.path.join(flags.out, 'index.html')}, its figures, results.json and phi.npz")
+    write_page(out / "index.html", f"What {name} represents", f"{alive}\n{scale}\n\n{text}", captions)
+    say(f"{text}\nwrote {out / 'index.html'}, its figures, results.json and phi.npz")
 
 
 if __name__ == "__main__":
