@@ -1333,7 +1333,8 @@ def check_out(out, resume, force, data):
     for path in companions(out):
         written_by_us = False
         if resume and "run" in resume and os.path.isfile(path):
-            written_by_us = resume["run"].encode() in Path(path).read_bytes()
+            content = Path(path).read_bytes()
+            written_by_us = resume["run"].encode() in content or not content   # no evaluation yet
         check_outputs([path], force or written_by_us, data)
 
 
