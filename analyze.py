@@ -22,7 +22,6 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 from unet import (Parser, Progress, Sides, UNet, UserError, check_outputs, choose_device, duration,
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
-from sample import (STEPS, Memory, Target, around, conditional_distance, guidance_step, estimate_sigma,
-                    sigma_schedule, panel, sample_unconditional)
-from train import (draw_disc, evaluate, input_psnr, is_synthetic, psnr, split, training_data, training_part,
+from sample import (STEPS, Memory, Target, around, conditional_distance, estimate_sigma, guidance_step,
+                    panel, sample_unconditional, sigma_schedule, told_by)
+from train import (divide, draw_disc, evaluate, input_psnr, is_synthetic, known_sigmas, psnr, training_data,
                    untrained_network, use_of_M, variety)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
@@ -132,8 +131,7 @@ class Study:
 
     def known_sigmas(self, *sigmas):
         """Those of these noise levels that the network knows; its largest one if it knows none."""
-        known = [sigma for sigma in sigmas if sigma <= self.sigma_max]
-        return known or [self.sigma_max]
+        return known_sigmas(sigmas, self.sigma_max)
 
     def draws_at(self, sigma):
         """Noise draws of E_z at σ: below 0.3 the variance of ā falls faster than σ; fewer draws suffice."""
@@ -837,9 +835,8 @@ def log_range(values):
 
 def algorithm_1(study, encoder, x, samples, name):
     """Algorithm 1 around each of x (k, C, H, W), told φ by `encoder`: [samples (S, C, H, W)], levels."""
-    # φ and its gradient are those of one network, the score is another's
-    model = SimpleNamespace(encode=encoder.encode, score=study.model.score)
-    sigmas = sigma_schedule(study.sigma_max, min(0.03, study.sigma_max / 10), study.steps)
+    model = told_by(encoder, study.model)
+    sigmas = sigma_schedule(study.sigma_max, steps=study.steps)
     targets = [Target(f"picture {k}", picture[None], None) for k, picture in enumerate(x)]
     seed = seed_of(study.seed, name)
     return around(model, study.checkpoint, targets, samples, sigmas, seed, progress=Progress())
@@ -980,9 +977,7 @@ def load_pairs(paths, others, pictures, device):
         if checkpoint["model"] != kinds[0] or checkpoint["fingerprint"] != pictures.fingerprint:
             raise UserError(f"{path}: another kind of network, or of other pictures, than {paths[0]}; only "
                             "--subset, --limit and --pictures may differ")
-        settings = checkpoint["flags"]
-        rows, unseen = split(pictures, settings["val"], settings["seed"])
-        rows = training_part(pictures, rows, settings["subset"], settings["limit"], settings["seed"])
+        rows, unseen = divide(pictures, checkpoint["flags"])
         held_out_rows = np.intersect1d(held_out_rows, unseen)
         networks.append(Trained(model, to_batch(pictures.x[rows], device), pictures.groups[rows]))
     if len(held_out_rows) < 20:
@@ -1584,7 +1579,6 @@ CLAIMS = [
           rule_text="the optimum is {optimum:.2f}; within (on discs: below by) 0.1, where a linear filter's "
           "is not"),
 ]
-
 
 
 # Drawings: the numbers of an analysis in, {name of a figure: (PIL image, what to see in it)} out

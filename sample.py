@@ -144,8 +144,13 @@ def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max
     return x + model.score(x), levels                     # Alg. 1 lines 9, 10
 
 
-def sigma_schedule(sigma_max, sigma_min=0.03, steps=STEPS):
-    """Algorithm 1's schedule: `steps` values of σ from sigma_max down to sigma_min, equally far apart."""
+def sigma_schedule(sigma_max, sigma_min=None, steps=STEPS):
+    """Algorithm 1's schedule: `steps` values of σ from sigma_max down to sigma_min, equally far apart.
+
+    sigma_min: None for 0.03, or a tenth of a sigma_max below 0.3.
+    """
+    if sigma_min is None:
+        sigma_min = min(0.03, sigma_max / 10)
     return np.linspace(sigma_max, sigma_min, steps).tolist()
 
 
@@ -183,6 +188,11 @@ def target_phi(model, target, draws=1, generator=None):
         code = phi(model, target.pictures, sigma, draws, generator)
         return average(code, target.weights)[None]
     return phi_c
+
+
+def told_by(encoder, model):
+    """What `around` takes for a model: φ and its gradient are those of one network, the score another's."""
+    return SimpleNamespace(encode=encoder.encode, score=model.score)
 
 
 def around(model, checkpoint, targets, samples, sigmas, seed=0, draws=1, **options):
@@ -484,11 +494,10 @@ def sample_targets(flags, model, checkpoint, device):
     targets = read_targets(flags, checkpoint, device)
     names = ", ".join(os.path.basename(target.name) for target in targets)
     say(f"drawing {flags.samples} pictures that share φ with {names}")
-    sigma_max = checkpoint["sigma_max"]
-    sigmas = sigma_schedule(sigma_max, min(0.03, sigma_max / 10), flags.steps)
+    sigmas = sigma_schedule(checkpoint["sigma_max"], steps=flags.steps)
 
-    def draw(encoder):                                    # with this denoiser, told the φ of that encoder
-        told = SimpleNamespace(encode=encoder.encode, score=model.score)
+    def draw(encoder):
+        told = told_by(encoder, model)
         return around(told, checkpoint, targets, flags.samples, sigmas, flags.seed, tol=flags.tolerance,
                       max_gradients=flags.max_gradients, progress=Progress())
 

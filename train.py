@@ -260,7 +260,7 @@ class Session:
     steps: int                 # of the whole run
     micro_batch: int           # pictures at a time
     began: float               # the clock at the start, had all earlier sessions come just before this one
-    stamp: int                 # of the file `out`, as this run left it
+    stamp: tuple               # of the file `out`, as this run left it
 
     def elapsed(self):
         """Seconds of training, earlier sessions included."""
@@ -414,7 +414,7 @@ def write_companions(session):
     run_name = session.checkpoint["run"]
     curve_path, picture_path = companions(session.out)
     with write(curve_path) as file:
-        for numbers in session.checkpoint["curve"]:
+        for numbers in session.checkpoint["curve"] or [{}]:                    # before the first: the name
             line = json.dumps({"run": run_name, **numbers})
             file.write(f"{line}\n".encode())
     mark = PngImagePlugin.PngInfo()
@@ -509,10 +509,11 @@ def fitting_micro_batch(settings, device):
 
 
 def file_stamp(path):
-    """When a file was last written, in nanoseconds; None if there is none."""
+    """What changes when another program writes the file, however coarse its clock; None if there is none."""
     if not os.path.exists(path):
         return None
-    return os.stat(path).st_mtime_ns
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def over_processes(value, device, op=dist.ReduceOp.SUM):
@@ -615,10 +616,15 @@ class Pictures(NamedTuple):
 def training_data(settings):
     """(Pictures, training rows, held-out rows) for the settings of a run. Errors: as `load_pictures`."""
     pictures = load_pictures(settings["data"], settings["size"], settings["channels"], settings["patches"])
-    training_rows, held_out_rows = split(pictures, settings["val"], settings["seed"])
-    training_rows = training_part(pictures, training_rows, settings["subset"], settings["limit"],
-                                  settings["seed"])
-    return pictures, training_rows, held_out_rows[np.argsort(pictures.hashes[held_out_rows])]
+    return pictures, *divide(pictures, settings)
+
+
+def divide(pictures, settings):
+    """(training rows, held-out rows in the order of their content) for the settings of a run. UserError."""
+    seed = settings["seed"]
+    training_rows, held_out_rows = split(pictures, settings["val"], seed)
+    training_rows = training_part(pictures, training_rows, settings["subset"], settings["limit"], seed)
+    return training_rows, held_out_rows[np.argsort(pictures.hashes[held_out_rows])]
 
 
 def load_pictures(data=None, size=64, channels=3, patches=False):
@@ -632,7 +638,7 @@ def load_pictures(data=None, size=64, channels=3, patches=False):
         paths = [f"{data or 'built-in'}#{i}" for i in range(len(x))]
     else:
         x, source, names, class_names = read_pictures(data, size, channels, patches)
-        labels, classes = numbered(class_names)
+        labels, classes = class_numbers(class_names)
         labels = labels[source]
         paths = [names[s] for s in source]
         if patches:
@@ -658,7 +664,7 @@ def digest(array):
     return hashlib.blake2b(array.tobytes(), digest_size=8).digest()
 
 
-def numbered(class_names):
+def class_numbers(class_names):
     """Class names, "" for no class -> numbers (n,), −1 for no class, and the names in their order."""
     classes = sorted(set(class_names) - {""})
     number_of = {name: k for k, name in enumerate(classes)}
@@ -1333,8 +1339,7 @@ def check_out(out, resume, force, data):
     for path in companions(out):
         written_by_us = False
         if resume and "run" in resume and os.path.isfile(path):
-            content = Path(path).read_bytes()
-            written_by_us = resume["run"].encode() in content or not content   # no evaluation yet
+            written_by_us = resume["run"].encode() in Path(path).read_bytes()
         check_outputs([path], force or written_by_us, data)
 
 
