@@ -1124,10 +1124,12 @@ def generalisation(study, view):
 class Basis(NamedTuple):
     """x̂ = Jy + b: eigenvalues λ (m,), falling, and eigenvectors (D, m), in columns, of J's symmetric part.
 
-    x_hat (D,). alignment: uᵀv of J's ten leading singular pairs, 1 if J is symmetric. bias: ‖b‖/‖x̂‖.
+    Of m ≥ 400 if D is, those of largest |λ|. trace: Σλ of all. x_hat (D,). alignment: uᵀv of J's ten leading
+    singular pairs, 1 if J is symmetric. bias: ‖b‖/‖x̂‖.
     """
     values: torch.Tensor
     vectors: torch.Tensor
+    trace: float = None
     x_hat: torch.Tensor = None
     alignment: torch.Tensor = None
     bias: float = 0.0
@@ -1177,13 +1179,17 @@ def jacobian_basis(model, y):
     The best denoiser's J is symmetric: σ²J is the covariance of x given y.
     """
     J = jacobian(model, y)
-    values, vectors = torch.linalg.eigh((J + J.T) / 2)
+    trace = J.trace().item()
+    m = min(len(J), max(400, round(2 * trace)))
+    vectors, size, V = torch.svd_lowrank((J + J.T) / 2, m, niter=4)            # a quarter of eigh's time
+    values, order = (size * (vectors * V).sum(0)).sort(descending=True)        # vᵀv is the sign of λ
     U, _, V = torch.svd_lowrank(J, min(100, len(J)), niter=6)                  # a thirtieth of svd's time
     x_hat = model.denoise(y[None]).flatten().cpu()
     b = x_hat - J @ y.flatten().cpu()
     return Basis(
-        values=values.flip(0),
-        vectors=vectors.flip(1),
+        values=values,
+        vectors=vectors[:, order],
+        trace=trace,
         x_hat=x_hat,
         alignment=(U * V)[:, :10].sum(0),
         bias=float(b.norm() / x_hat.norm()))
@@ -1232,7 +1238,7 @@ def harmonics(study, view, count=3):
     for i, noisy in enumerate(y):
         progress(i / len(y), f"Jacobian at picture {i + 1}")
         bases.append(jacobian_basis(view.model, noisy))
-    ranks = [max(1, round(basis.values.sum().item())) for basis in bases]
+    ranks = [max(1, round(basis.trace)) for basis in bases]
     _, linear_basis = wiener(central(study.batch(rows[count:])))
     linear = linear_basis(sigma)
     of_linear = compaction(x, [linear for _ in x], ranks)

@@ -29,7 +29,7 @@ from train import builtin_pictures, load_picture, psnr, training_data, untrained
 
 # With 40 and 200 samples are hardly closer to their target (assets/results.md, section 6)
 STEPS = 25                                # noise levels of Algorithm 1
-MAX_GRADIENTS = 20                        # of Algorithm 2, at each of them
+MAX_GRADIENTS = 10                        # of Algorithm 2, at each of them
 SAMPLE_NOISE, TARGET_NOISE = 1, 2         # random streams of a seed
 
 
@@ -44,10 +44,10 @@ class Matching(NamedTuple):
 
 
 @torch.enable_grad()
-def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory=None):
+def guidance_step(model, x, phi_c, tol=0.01, max_gradients=20, memory=None):
     """Algorithm 2: move each picture of x until L = ‖φ(x) − φ_c‖² is at most `tol` times its first value.
 
-    x: (N, C, H, W). phi_c: (N, d) or (1, d). memory: a fresh `Memory`, or None for plain gradient steps.
+    x: (N, C, H, W). phi_c: (N, d) or (1, d). memory: a `Memory`, or None for plain gradient steps.
     Unlike the printed loop it limits the length of a step, and returns each picture where its L was least;
     and a `Matching`. Each picture stops for itself.
 
@@ -56,6 +56,8 @@ def guidance_step(model, x, phi_c, tol=0.01, max_gradients=MAX_GRADIENTS, memory
     tuning, although the gradient's size differs a hundredfold between noise levels.
     """
     gradients = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if memory is not None:
+        memory.last = None                                # this x is no step away from the x of another call
     for iteration in range(max_gradients + 1):
         x = x.detach().requires_grad_()                   # (N, C, H, W)
         phi_t = average_M(model, x)                       # φ(x_t), (N, d)
@@ -129,12 +131,12 @@ def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max
     v + σ²_{t−1} and ends below λ.
     """
     levels = []
+    memory = Memory() if accelerate else None             # φ's changes at one σ are much like those at the next
     z = draw_z(shape, generators, mean.device)
     x = mean.view(-1, 1, 1) + sigmas[0] * z               # Alg. 1 line 1: x_T ~ N(m, σ_T² I)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):     # Alg. 1 line 2: t = T … 1
         phi_c = condition(sigma)                          # Alg. 1 lines 3, 4: φ of x_c + σ_t z
         before = estimate_sigma(model.score(x))
-        memory = Memory() if accelerate else None
         x, matching = guidance_step(model, x, phi_c, tol, max_gradients, memory)         # Alg. 1 line 5
         z = draw_z(shape, generators, mean.device)       # Alg. 1 line 6
         s = model.score(x)
@@ -256,7 +258,7 @@ def sample_unconditional(model, mean, shape, generators, sigma_0=1.0, sigma_end=
 
 @torch.no_grad()
 def conditional_distance(model, x1, x2, sigmas, draws=8, phi_draws=20, generator=None, tol=0.01,
-                         max_gradients=MAX_GRADIENTS):
+                         max_gradients=20):
     """Eq. 4: d²(p₁, p₂), the symmetrised KL divergence of p(x given φ₁) and p(x given φ₂), in nats.
 
     ∫ (E_p₁‖s₁ − s₂‖² + E_p₂‖s₁ − s₂‖²) σ dσ over the range of `sigmas` (increasing). x1, x2: (C, H, W) in
@@ -304,49 +306,57 @@ def integrate(v, sigmas):
 # Algorithm 2 made fast
 
 class Memory:
-    """The last steps ΔX of a `guidance_step`, and the changes ΔΦ of φ that they caused.
+    """Each picture's last steps ΔX, of length 1, and the changes ΔΦ of φ that they caused.
 
     φ is nearly linear over a few short steps. So the combination ΔX c of them that removes most of r = φ(x) −
     φ_c is taken back at once, without a gradient (Anderson acceleration, as in GMRES), and the gradient step
     works on what is left. c minimises ‖r − ΔΦ c‖² + λ ‖ΔX c‖². The second term keeps the walk short: without
-    it pictures go up to twice as far as by plain steps, and their noise changes. Plain steps need twice as
-    many gradients.
+    it pictures go up to twice as far as by plain steps, and their noise changes. Plain steps need two to
+    three times as many gradients.
     """
 
-    SIZE = 12           # steps farther back are no longer linear
-    WALK = 0.04         # λ, in the unit of the steepest of the steps, ‖Δφ‖²/‖Δx‖²
-    CAUTION = 0.3       # after a jump a whole gradient step goes too far
+    SIZE = 16           # steps farther back are no longer linear
+    WALK = 0.02         # λ, in the unit of the steepest of the steps, ‖Δφ‖²/‖Δx‖²
+    CAUTION = 0.5       # after a jump a whole gradient step goes too far
 
     def __init__(self):
-        self.steps, self.changes, self.last = [], [], None
+        self.last = self.dX = self.dPhi = None
 
     def step(self, x, phi_t, residual):
         """The jump −ΔX c and a gradient step on what it leaves of r; arguments as for `gradient_step`."""
-        jump, left = 0, residual
+        came_closer = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         if self.last is not None:
-            jump, left = self.extrapolate(x.detach(), residual)
+            came_closer = residual.norm(dim=1, keepdim=True) <= self.last[1].norm(dim=1, keepdim=True)
+            self.remember(x.detach(), residual)
         self.last = x.detach(), residual
-        return jump + gradient_step(x, phi_t, left)
+        if self.dX is None:
+            return gradient_step(x, phi_t, residual)
+        c = came_closer * self.combination(residual)      # a step that led away says nothing of the next
+        jump = -(c[:, None] @ self.dX).view_as(x)
+        left = residual - (c[:, None] @ self.dPhi)[:, 0]
+        return jump + gradient_step(x, phi_t, self.CAUTION * left)   # η is invariant to this factor, η ∇L is not
 
-    def extrapolate(self, x, residual):
-        """x (N, C, H, W), r (N, d) -> the jump −ΔX c, (N, C, H, W), and the r (N, d) left to the gradient."""
+    def remember(self, x, residual):
+        """Put the step that led to x (N, C, H, W), r (N, d) in the place of the oldest one."""
         x_before, residual_before = self.last
-        length = square_norm(x - x_before).sqrt().clamp(min=1e-6)[:, None]     # 0 once a picture has arrived
-        self.steps = [*self.steps, (x - x_before).flatten(1) / length][-self.SIZE:]
-        self.changes = [*self.changes, (residual - residual_before) / length][-self.SIZE:]
-        dX = torch.stack(self.steps, dim=1)               # (N, k, C·H·W), rows of length 1
-        dPhi = torch.stack(self.changes, dim=1)           # (N, k, d)
+        length = square_norm(x - x_before).sqrt()[:, None]
+        dx = (x - x_before).flatten(1) / length
+        dphi = (residual - residual_before) / length
+        if self.dX is None:
+            self.dX = dx.new_zeros(len(x), self.SIZE, dx.shape[1])             # (N, k, C·H·W)
+            self.dPhi = dphi.new_zeros(len(x), self.SIZE, dphi.shape[1])       # (N, k, d)
+        moved = (length > 1e-6)[:, :, None]               # a picture that has arrived stands still
+        self.dX = torch.where(moved, torch.cat([self.dX[:, 1:], dx[:, None]], 1), self.dX)
+        self.dPhi = torch.where(moved, torch.cat([self.dPhi[:, 1:], dphi[:, None]], 1), self.dPhi)
 
+    def combination(self, residual):
+        """c of r (N, d), (N, k)."""
+        dX, dPhi = self.dX, self.dPhi
         steepest = dPhi.square().sum(2).amax(1).clamp(min=1e-12)               # (N,)
         walk = self.WALK * steepest[:, None, None]
-        ridge = 1e-3 * torch.eye(dX.shape[1], dtype=dX.dtype, device=dX.device)          # for parallel steps
+        ridge = 1e-3 * torch.eye(self.SIZE, dtype=dX.dtype, device=dX.device)  # for parallel steps
         normal = dPhi @ dPhi.mT + walk * (dX @ dX.mT + ridge)                  # (N, k, k)
-        c = torch.linalg.solve(normal, dPhi @ residual[:, :, None]).mT         # (N, 1, k)
-        came_closer = residual.norm(dim=1) <= residual_before.norm(dim=1)
-        c = c * came_closer[:, None, None]                # a step that led away says nothing of the next
-        jump = -(c @ dX).view_as(x)
-        left = residual - (c @ dPhi)[:, 0]
-        return jump, self.CAUTION * left                  # η is invariant to this factor, η ∇L is not
+        return torch.linalg.solve(normal, dPhi @ residual[:, :, None])[:, :, 0]
 
 
 # What a sample shares with its target

@@ -124,6 +124,15 @@ def learning_rate(fraction, epochs):
     return rate * max(0, 1 - fraction)
 
 
+def limit_growth(last, rate, steps, epochs):
+    """The rate, or what a run that was made longer has of it while it grows from `last`, that of its last step.
+
+    At once it kills the middle block: faces at 64×64, resumed at 6e-4, lost all but .02 dB of the use of M.
+    """
+    growth = 1e-3 / (warm_up(epochs) * steps)              # that of the warm-up, of a step
+    return min(rate, last + 2 * growth)
+
+
 # The start: what keeps the middle block alive (README: waking the middle block)
 
 def first_decoder_weights(model):
@@ -225,7 +234,8 @@ def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=F
 
         # A step of Adam on ‖x − x̂(y)‖²; during the warm-up the decoder sees nothing but M.
         fraction = step / steps
-        optimizer.param_groups[0]["lr"] = learning_rate(fraction, epochs)
+        adam = optimizer.param_groups[0]
+        adam["lr"] = limit_growth(adam["lr"], learning_rate(fraction, epochs), steps, epochs)
         closed = fraction < warm_up(epochs) and skips_are_closed(model)
         loss = training_step(model, optimizer, x[share], y[share], batch, session.micro_batch, closed,
                              settings["precision"])
@@ -326,7 +336,7 @@ def resumed_checkpoint(resume, pictures, settings, out):
 def new_network(settings, device):
     """A network for these settings, and its optimiser."""
     model = UNet(settings["width"], settings["channels"], settings["levels"]).to(device)
-    return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
+    return model, torch.optim.Adam(model.parameters(), lr=0.0, fused=device.type in ("cpu", "cuda"))
 
 
 def restore(model, optimizer, checkpoint, path):
