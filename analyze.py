@@ -1124,8 +1124,8 @@ def generalisation(study, view):
 class Basis(NamedTuple):
     """x̂ = Jy + b: eigenvalues λ (m,), falling, and eigenvectors (D, m), in columns, of J's symmetric part.
 
-    Of m ≥ 400 if D is, those of largest |λ|. trace: Σλ of all. x_hat (D,). alignment: uᵀv of J's ten leading
-    singular pairs, 1 if J is symmetric. bias: ‖b‖/‖x̂‖.
+    They are the m of largest |λ|: 400, or 2 Σλ if that is more, or all D. trace: Σλ over all. x_hat: (D,).
+    alignment: uᵀv of J's ten leading singular pairs, 1 if J is symmetric. bias: ‖b‖/‖x̂‖.
     """
     values: torch.Tensor
     vectors: torch.Tensor
@@ -1181,9 +1181,12 @@ def jacobian_basis(model, y):
     J = jacobian(model, y)
     trace = J.trace().item()
     m = min(len(J), max(400, round(2 * trace)))
-    vectors, size, V = torch.svd_lowrank((J + J.T) / 2, m, niter=4)            # a quarter of eigh's time
-    values, order = (size * (vectors * V).sum(0)).sort(descending=True)        # vᵀv is the sign of λ
-    U, _, V = torch.svd_lowrank(J, min(100, len(J)), niter=6)                  # a thirtieth of svd's time
+    with torch.random.fork_rng(devices=[]):                # of the vectors that both start from
+        torch.manual_seed(0)
+        vectors, size, V = torch.svd_lowrank((J + J.T) / 2, m, niter=4)        # a quarter of eigh's time
+        U, _, V_of_J = torch.svd_lowrank(J, min(100, len(J)), niter=6)         # a thirtieth of svd's time
+    sign = (vectors * V).sum(0)                            # of λ: S = UΣVᵀ is symmetric, so u = ±v
+    values, order = (sign * size).sort(descending=True)
     x_hat = model.denoise(y[None]).flatten().cpu()
     b = x_hat - J @ y.flatten().cpu()
     return Basis(
@@ -1191,7 +1194,7 @@ def jacobian_basis(model, y):
         vectors=vectors[:, order],
         trace=trace,
         x_hat=x_hat,
-        alignment=(U * V)[:, :10].sum(0),
+        alignment=(U * V_of_J)[:, :10].sum(0),
         bias=float(b.norm() / x_hat.norm()))
 
 
@@ -1201,15 +1204,16 @@ def coefficients(x, basis):
     return (unit @ basis.vectors).square().numpy()
 
 
-def compaction(x, bases, ranks):
+def compaction(x, bases, leading):
     """How well bases suit their pictures x: two numbers a picture, (2, pictures).
 
-    The share of its contrast in the first `rank` vectors; the rank correlation of λ_k and ⟨x, e_k⟩², k ≤ 200.
+    The share of its contrast in the basis's first `leading` vectors; the rank correlation of λ_k and
+    ⟨x, e_k⟩², k ≤ 200.
     """
     shares, decays = [], []
-    for picture, basis, rank in zip(x, bases, ranks):
+    for picture, basis, count in zip(x, bases, leading):
         squares = coefficients(picture, basis)
-        shares.append(squares[:rank].sum())
+        shares.append(squares[:count].sum())
         eigenvalues = basis.values.numpy()
         decays.append(rank_correlation(eigenvalues[:200], squares[:200]))
     return np.array([shares, decays])
@@ -1218,12 +1222,12 @@ def compaction(x, bases, ranks):
 def harmonics(study, view, count=3):
     """Paper B, Fig. 3: do eigenvectors of the Jacobian at a noisy picture suit the picture?
 
-    adapted, decay: `compaction` minus that of the Wiener filter's basis, rank = Σλ; symmetry: mean uᵀv. Of
-    large pictures the central 32×32. Nulls: another picture's basis; a network of random weights (the
-    untrained one of the other analyses returns the mean colour: its J is 0).
+    adapted, decay: `compaction` in Σλ vectors minus that of the Wiener filter of the training pictures (or
+    of the others); symmetry: mean uᵀv. Of large pictures the central 32×32. Nulls: another picture's basis;
+    a network of random weights (the untrained one of the other analyses returns the mean colour: its J is 0).
     """
     def beside_linear(bases):
-        adapted, decay = compaction(x, bases, ranks) - of_linear
+        adapted, decay = compaction(x, bases, leading) - of_linear
         symmetry = [float(basis.alignment.mean()) for basis in bases]
         return {
             "adapted": estimate(adapted),
@@ -1238,10 +1242,13 @@ def harmonics(study, view, count=3):
     for i, noisy in enumerate(y):
         progress(i / len(y), f"Jacobian at picture {i + 1}")
         bases.append(jacobian_basis(view.model, noisy))
-    ranks = [max(1, round(basis.trace)) for basis in bases]
-    _, linear_basis = wiener(central(study.batch(rows[count:])))
+    leading = [max(1, round(basis.trace)) for basis in bases]
+    others = study.batch(rows[count:])
+    if study.training is not None:                         # these are more
+        others = to_batch(study.training, study.device)
+    _, linear_basis = wiener(central(others))
     linear = linear_basis(sigma)
-    of_linear = compaction(x, [linear for _ in x], ranks)
+    of_linear = compaction(x, [linear for _ in x], leading)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.seed)
         random = UNet(**study.checkpoint["model"]).to(study.device).eval()
@@ -1252,7 +1259,7 @@ def harmonics(study, view, count=3):
         "nulls": {
             "other-picture": [beside_linear(bases[k:] + bases[:k]) for k in range(1, len(x))],
             "random-weights": [beside_linear([random_basis for _ in x])]},
-        "effective_rank": ranks,
+        "effective_rank": leading,
         "alignment": [basis.alignment for basis in bases],
         "bias": [basis.bias for basis in bases],
         "drawing": (x, y, bases, linear)}

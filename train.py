@@ -113,10 +113,10 @@ def warm_up(epochs):
 
 
 def learning_rate(fraction, epochs):
-    """Adam's step size after a fraction of a run; during the warm-up it grows from a thousandth.
+    """Adam's step size after a fraction of a run; in the warm-up, which A.3 lacks, it grows from 1e-6.
 
-    epochs: the budget, as for `paper_schedule`. A.3: 1e-3, halved every tenth of the run. Halving starves
-    shorter runs; theirs falls linearly to 0.
+    epochs: the budget, as for `paper_schedule`. A.3: 1e-3, halved every 100 of 1000 epochs; here every tenth
+    of a run. Halving starves shorter runs; theirs falls linearly to 0.
     """
     rate = 1e-3 * min(1, fraction / warm_up(epochs) + 1e-3)
     if paper_schedule(epochs):
@@ -125,12 +125,13 @@ def learning_rate(fraction, epochs):
 
 
 def limit_growth(last, rate, steps, epochs):
-    """The rate, or what a run that was made longer has of it while it grows from `last`, that of its last step.
+    """The rate, but at most that of the last step plus twice what a step of the warm-up adds.
 
-    At once it kills the middle block: faces at 64×64, resumed at 6e-4, lost all but .02 dB of the use of M.
+    A new run never meets the limit. One that was made longer does: its last rate was near 0, and a jump to
+    half of the full one can kill the middle block (assets/results.md, section 4).
     """
-    growth = 1e-3 / (warm_up(epochs) * steps)              # that of the warm-up, of a step
-    return min(rate, last + 2 * growth)
+    added = 1e-3 / (warm_up(epochs) * steps)   # by a step of the warm-up
+    return min(rate, last + 2 * added)
 
 
 # The start: what keeps the middle block alive (README: waking the middle block)
@@ -205,7 +206,7 @@ def never():
 
 def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=False, save_every=300,
           stop_requested=never, on_start=None):
-    """Minimise Eq. 1 as A.3 does; writes `out`, its .jsonl and its .png. Returns True if the run is complete.
+    """Minimise Eq. 1 (A.3); writes `out`, its .jsonl and its .png. Returns True if the run is complete.
 
     settings: what defines the run, as `complete_settings` returns it. resume: a checkpoint's dict to go on
     from. save_every: seconds between evaluations, each with a save. stop_requested: asked after every step;
@@ -232,7 +233,8 @@ def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=F
         rows = batch_rows(session.training_rows, step, batch, seed)
         x, y, _ = noisy_batch(session.pictures.x, rows, step, seed, settings["sigma_max"], session.device)
 
-        # A step of Adam on ‖x − x̂(y)‖²; during the warm-up the decoder sees nothing but M.
+        # A step of Adam on ‖x − x̂(y)‖². During the warm-up the decoder sees nothing but M, unless its skips
+        # were open already, as in a run that was made longer.
         fraction = step / steps
         adam = optimizer.param_groups[0]
         adam["lr"] = limit_growth(adam["lr"], learning_rate(fraction, epochs), steps, epochs)
@@ -269,16 +271,19 @@ class Session:
     checkpoint: dict           # of the file `out`, as it was last saved or is to be
     steps: int                 # of the whole run
     micro_batch: int           # pictures at a time
-    began: float               # the clock at the start, had all earlier sessions come just before this one
+    first_step: int            # of this session
+    earlier: float             # seconds that earlier sessions trained
+    began: float               # the clock when this one did
     stamp: tuple               # of the file `out`, as this run left it
 
     def elapsed(self):
         """Seconds of training, earlier sessions included."""
-        return time.monotonic() - self.began
+        return self.earlier + time.monotonic() - self.began
 
     def rate(self, step):
-        """Pictures a second."""
-        return step * self.settings["batch"] / self.elapsed()
+        """Pictures a second, in this session."""
+        seconds = time.monotonic() - self.began
+        return (step - self.first_step) * self.settings["batch"] / seconds
 
     def held_out(self, n):
         """The first n held-out pictures, (n, C, H, W)."""
@@ -311,7 +316,8 @@ def prepare(settings, out, device, resume, micro_batch):
         model=model, optimizer=optimizer, checkpoint=checkpoint,
         steps=math.ceil(pictures_to_see / batch),
         micro_batch=equal_parts(share, micro_batch or fitting_micro_batch(settings, device)),
-        began=time.monotonic() - checkpoint["elapsed"], stamp=file_stamp(out))
+        first_step=checkpoint["step"], earlier=checkpoint["elapsed"], began=time.monotonic(),
+        stamp=file_stamp(out))
 
 
 def first_checkpoint(settings, pictures, training_rows):
@@ -336,7 +342,7 @@ def resumed_checkpoint(resume, pictures, settings, out):
 def new_network(settings, device):
     """A network for these settings, and its optimiser."""
     model = UNet(settings["width"], settings["channels"], settings["levels"]).to(device)
-    return model, torch.optim.Adam(model.parameters(), lr=0.0, fused=device.type in ("cpu", "cuda"))
+    return model, torch.optim.Adam(model.parameters(), lr=1e-6, fused=device.type in ("cpu", "cuda"))
 
 
 def restore(model, optimizer, checkpoint, path):
