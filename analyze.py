@@ -833,13 +833,14 @@ def log_range(values):
 
 # §3, Stochastic image reconstruction (Fig. 7, 19, 20)
 
-def algorithm_1(study, encoder, x, samples, name):
+def algorithm_1(study, encoder, x, samples, name, sigma_before=False):
     """Algorithm 1 around each of x (k, C, H, W), told φ by `encoder`: [samples (S, C, H, W)], levels."""
     model = told_by(encoder, study.model)
     sigmas = sigma_schedule(study.sigma_max, steps=study.steps)
     targets = [Target(f"picture {k}", picture[None], None) for k, picture in enumerate(x)]
     seed = seed_of(study.seed, name)
-    return around(model, study.checkpoint, targets, samples, sigmas, seed, progress=Progress())
+    return around(model, study.checkpoint, targets, samples, sigmas, seed, sigma_before=sigma_before,
+                  progress=Progress())
 
 
 @torch.no_grad()
@@ -880,7 +881,7 @@ def matching(study, view, targets=8):
     """
     rows = study.choose(targets, "matching")
     x = study.batch(rows)
-    samples, levels = algorithm_1(study, study.model, x, 1, "matching")
+    samples, levels = algorithm_1(study, study.model, x, 1, "matching", sigma_before=True)
     before = torch.stack([level.sigma_before for level in levels]).cpu().numpy()         # (levels, k)
     after = torch.stack([level.sigma_after for level in levels]).cpu().numpy()
     judged = [k for k, level in enumerate(levels) if k > 0 and level.sigma >= min(0.1, study.sigma_max)]

@@ -109,7 +109,7 @@ def square_norm(x):
 class Level(NamedTuple):
     """What happened at one noise level of Algorithm 1, σ_T … σ_1; all but `sigma` are (N,)."""
     sigma: float
-    sigma_before: torch.Tensor     # σ̂ before matching
+    sigma_before: torch.Tensor     # σ̂ before matching; None unless asked for
     sigma_after: torch.Tensor      # and after it (Fig. 20)
     first: torch.Tensor            # as in Matching
     least: torch.Tensor
@@ -119,13 +119,13 @@ class Level(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max_gradients=MAX_GRADIENTS,
-                accelerate=True, progress=no_progress):
+                accelerate=True, sigma_before=False, progress=no_progress):
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
     condition: condition(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
     sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2,
-    made fast by `Memory` if `accelerate`. Returns the samples and a list of `Level`. Lines are counted from
-    "Draw".
+    made fast by `Memory` if `accelerate`. sigma_before: measure it, too, in a tenth more time. Returns the
+    samples and a list of `Level`. Lines are counted from "Draw".
 
     As printed, the last step, from σ_0, is made without matching. A full step x + s(x) is the posterior mean,
     which contracts: for Gaussian data of variance v₀ (and no matching) the variance obeys
@@ -137,7 +137,7 @@ def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max
     x = mean.view(-1, 1, 1) + sigmas[0] * z               # Alg. 1 line 1: x_T ~ N(m, σ_T² I)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):     # Alg. 1 line 2: t = T … 1
         phi_c = condition(sigma)                          # Alg. 1 lines 3, 4: φ of x_c + σ_t z
-        before = estimate_sigma(model.score(x))
+        before = estimate_sigma(model.score(x)) if sigma_before else None
         x, matching = guidance_step(model, x, phi_c, tol, max_gradients, memory)         # Alg. 1 line 5
         z = draw_z(shape, generators, mean.device)       # Alg. 1 line 6
         s = model.score(x)

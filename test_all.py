@@ -1403,7 +1403,7 @@ def test_matching_and_layout(monkeypatch, inside, own, random, verdict):
     def match_noisy(study, x, sigma):
         return np.full((3, len(x)), [[own], [1.0], [random]])
 
-    def algorithm_1(study, encoder, x, samples, name):
+    def algorithm_1(study, encoder, x, samples, name, **options):
         pictures = normal(len(x), 1, *x.shape[1:])
         if encoder is study.model:
             pictures = x[:, None] + 0.3 * pictures
