@@ -325,21 +325,19 @@ class Memory:
 
     def step(self, x, phi_t, residual):
         """The jump −ΔX c and a gradient step on what it leaves of r; arguments as for `gradient_step`."""
-        came_closer = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
-        if self.last is not None:
-            came_closer = residual.norm(dim=1, keepdim=True) <= self.last[1].norm(dim=1, keepdim=True)
-            self.remember(x.detach(), residual)
-        self.last = x.detach(), residual
-        if self.dX is None:
+        last, self.last = self.last, (x.detach(), residual)
+        if last is None:                                  # nothing tells yet whether a jump would lead closer
             return gradient_step(x, phi_t, residual)
+        self.remember(last, x.detach(), residual)
+        came_closer = residual.norm(dim=1, keepdim=True) <= last[1].norm(dim=1, keepdim=True)
         c = came_closer * self.combination(residual)      # after a step that led away there is no jump
         jump = -(c[:, None] @ self.dX).view_as(x)
         left = residual - (c[:, None] @ self.dPhi)[:, 0]
         return jump + gradient_step(x, phi_t, self.CAUTION * left)             # η ∇L scales with what is left
 
-    def remember(self, x, residual):
-        """Put the step that led to x (N, C, H, W), r (N, d) in the place of the oldest one."""
-        x_before, residual_before = self.last
+    def remember(self, last, x, residual):
+        """Put the step from the last (x, r) to x (N, C, H, W), r (N, d) in the place of the oldest one."""
+        x_before, residual_before = last
         length = square_norm(x - x_before).sqrt()[:, None]
         dx = (x - x_before).flatten(1) / length
         dphi = (residual - residual_before) / length
