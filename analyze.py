@@ -35,8 +35,8 @@ from PIL import Image, ImageDraw
 from kmeans import KMeans, adjusted_rand_index, gaussian_like, pair_separations, tsne
 from sample import (STEPS, Memory, Target, around, conditional_distance, estimate_sigma, guidance_step,
                     panel, sample_unconditional, sigma_schedule, told_by)
-from train import (divide, draw_disc, evaluate, input_psnr, is_synthetic, known_sigmas, psnr, training_data,
-                   untrained_network, use_of_M, variety)
+from train import (divide, draw_disc, evaluate, input_psnr, is_synthetic, known_sigmas, psnr, random_network,
+                   training_data, untrained_network, use_of_M, variety)
 
 BATCH = 128               # pictures at a time; their noise depends on it, so it is no flag
 DETAIL = 48               # pictures for what needs all blocks at many noise levels
@@ -833,13 +833,13 @@ def log_range(values):
 
 # §3, Stochastic image reconstruction (Fig. 7, 19, 20)
 
-def algorithm_1(study, encoder, x, samples, name, sigma_before=False):
+def algorithm_1(study, encoder, x, samples, name, measure_before=False):
     """Algorithm 1 around each of x (k, C, H, W), told φ by `encoder`: [samples (S, C, H, W)], levels."""
     model = told_by(encoder, study.model)
     sigmas = sigma_schedule(study.sigma_max, steps=study.steps)
     targets = [Target(f"picture {k}", picture[None], None) for k, picture in enumerate(x)]
     seed = seed_of(study.seed, name)
-    return around(model, study.checkpoint, targets, samples, sigmas, seed, sigma_before=sigma_before,
+    return around(model, study.checkpoint, targets, samples, sigmas, seed, measure_before=measure_before,
                   progress=Progress())
 
 
@@ -881,7 +881,7 @@ def matching(study, view, targets=8):
     """
     rows = study.choose(targets, "matching")
     x = study.batch(rows)
-    samples, levels = algorithm_1(study, study.model, x, 1, "matching", sigma_before=True)
+    samples, levels = algorithm_1(study, study.model, x, 1, "matching", measure_before=True)
     before = torch.stack([level.sigma_before for level in levels]).cpu().numpy()         # (levels, k)
     after = torch.stack([level.sigma_after for level in levels]).cpu().numpy()
     judged = [k for k, level in enumerate(levels) if k > 0 and level.sigma >= min(0.1, study.sigma_max)]
@@ -1247,15 +1247,14 @@ def harmonics(study, view, count=3):
         progress(i / len(y), f"Jacobian at picture {i + 1}")
         bases.append(jacobian_basis(view.model, noisy))
     leading = [max(1, round(basis.trace)) for basis in bases]
-    others = study.batch(rows[count:])
-    if study.training is not None:                         # these are more
+    if study.training is None:
+        others = study.batch(rows[count:])
+    else:                                                  # these are more
         others = to_batch(study.training, study.device)
     _, linear_basis = wiener(central(others))
     linear = linear_basis(sigma)
     of_linear = compaction(x, [linear for _ in x], leading)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(study.seed)
-        random = UNet(**study.checkpoint["model"]).to(study.device).eval()
+    random = random_network(study.checkpoint, study.seed, study.device)
     random_basis = jacobian_basis(random, y[0])            # which hardly depends on the picture
     return {
         "sigma": sigma,

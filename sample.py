@@ -57,8 +57,7 @@ def guidance_step(model, x, phi_c, tol=0.01, max_gradients=LONE_GRADIENTS, memor
     tuning, although the gradient's size differs a hundredfold between noise levels.
     """
     gradients = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    if memory is not None:
-        memory.last = None                                # this x is no step away from the x of another call
+    last = None                                           # the step before, its x and residual
     for iteration in range(max_gradients + 1):
         x = x.detach().requires_grad_()                   # (N, C, H, W)
         phi_t = average_M(model, x)                       # φ(x_t), (N, d)
@@ -75,7 +74,8 @@ def guidance_step(model, x, phi_c, tol=0.01, max_gradients=LONE_GRADIENTS, memor
         if memory is None:
             step = gradient_step(x, phi_t, residual)      # −η ∇L(x_t)
         else:
-            step = memory.step(x, phi_t, residual)
+            step = memory.step(x, phi_t, residual, last)
+        last = x.detach(), residual
         x = x + per_picture(unmet) * limit(step)          # x_t ← x_t − η ∇L(x_t)
         gradients += unmet
 
@@ -119,13 +119,13 @@ class Level(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max_gradients=MAX_GRADIENTS,
-                accelerate=True, sigma_before=False, progress=no_progress):
+                accelerate=True, measure_before=False, progress=no_progress):
     """Algorithm 1: sample pictures whose φ is the target's, (N, C, H, W), N = len(generators).
 
     condition: condition(σ) gives φ_c at noise level σ, (N, d) or (1, d). mean: the mean colour m, (C,).
     sigmas: σ_T > … > σ_0. shape: (C, H, W). generators: one a sample. tol, max_gradients: of Algorithm 2,
-    made fast by `Memory` if `accelerate`. sigma_before: measure it, too, in a tenth more time. Returns the
-    samples and a list of `Level`. Lines are counted from "Draw".
+    made fast by `Memory` if `accelerate`. measure_before: σ̂ before matching, too, in a tenth more time.
+    Returns the samples and a list of `Level`. Lines are counted from "Draw".
 
     As printed, the last step, from σ_0, is made without matching. A full step x + s(x) is the posterior mean,
     which contracts: for Gaussian data of variance v₀ (and no matching) the variance obeys
@@ -137,7 +137,7 @@ def reconstruct(model, condition, mean, sigmas, shape, generators, tol=0.01, max
     x = mean.view(-1, 1, 1) + sigmas[0] * z               # Alg. 1 line 1: x_T ~ N(m, σ_T² I)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):     # Alg. 1 line 2: t = T … 1
         phi_c = condition(sigma)                          # Alg. 1 lines 3, 4: φ of x_c + σ_t z
-        before = estimate_sigma(model.score(x)) if sigma_before else None
+        before = estimate_sigma(model.score(x)) if measure_before else None
         x, matching = guidance_step(model, x, phi_c, tol, max_gradients, memory)         # Alg. 1 line 5
         z = draw_z(shape, generators, mean.device)       # Alg. 1 line 6
         s = model.score(x)
@@ -321,12 +321,14 @@ class Memory:
     CAUTION = 0.5       # the part of a gradient step: after a jump a whole one goes too far
 
     def __init__(self):
-        self.last = self.dX = self.dPhi = None
+        self.dX = self.dPhi = None
 
-    def step(self, x, phi_t, residual):
-        """The jump −ΔX c and a gradient step on what it leaves of r; arguments as for `gradient_step`."""
-        last, self.last = self.last, (x.detach(), residual)
-        if last is None:                                  # nothing tells yet whether a jump would lead closer
+    def step(self, x, phi_t, residual, last):
+        """The jump −ΔX c and a gradient step on what it leaves of r; arguments as for `gradient_step`.
+
+        last: (x, residual) of the step before, or None: nothing tells yet whether a jump would lead closer.
+        """
+        if last is None:
             return gradient_step(x, phi_t, residual)
         self.remember(last, x.detach(), residual)
         came_closer = residual.norm(dim=1, keepdim=True) <= last[1].norm(dim=1, keepdim=True)

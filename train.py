@@ -124,14 +124,14 @@ def learning_rate(fraction, epochs):
     return rate * max(0, 1 - fraction)
 
 
-def limit_growth(last, rate, steps, epochs):
-    """The rate, but at most that of the last step plus twice what a step of the warm-up adds.
+def set_rate(optimizer, step, steps, epochs):
+    """Give Adam its `learning_rate`, but at most the last one plus twice what a step of the warm-up adds.
 
     A new run never meets the limit. One that was made longer does: its last rate was near 0, and a jump to
     half of the full one can kill the middle block (assets/results.md, section 4).
     """
-    added = 1e-3 / (warm_up(epochs) * steps)   # by a step of the warm-up
-    return min(rate, last + 2 * added)
+    adam, added = optimizer.param_groups[0], 1e-3 / (warm_up(epochs) * steps)
+    adam["lr"] = min(learning_rate(step / steps, epochs), adam["lr"] + 2 * added)
 
 
 # The start: what keeps the middle block alive (README: waking the middle block)
@@ -182,14 +182,19 @@ def initialise(model, y, mean):
     last.bias.copy_(torch.as_tensor(mean))
 
 
+def random_network(checkpoint, seed, device):
+    """A network like a checkpoint's, with PyTorch's random weights; torch's own generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet(**checkpoint["model"]).to(device).eval()
+
+
 def untrained_network(checkpoint, x, seed):
     """The network of a checkpoint as before its training, from another seed: a null that has learnt nothing.
 
     x: (N, C, H, W), pictures for the data-dependent pass, with noise as in training.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UNet(**checkpoint["model"]).to(x.device).eval()
+    model = random_network(checkpoint, seed, x.device)
     generator = seeded("cpu", seed, "noise of the start")
     sigma = draw_sigma(len(x), checkpoint["sigma_max"], generator, "cpu")
     z = torch.randn(x.shape, generator=generator)
@@ -235,10 +240,8 @@ def train(settings, out, device="cpu", resume=None, micro_batch=None, compiled=F
 
         # A step of Adam on ‖x − x̂(y)‖². During the warm-up the decoder sees nothing but M, unless its skips
         # were open already, as in a run that was made longer.
-        fraction = step / steps
-        adam = optimizer.param_groups[0]
-        adam["lr"] = limit_growth(adam["lr"], learning_rate(fraction, epochs), steps, epochs)
-        closed = fraction < warm_up(epochs) and skips_are_closed(model)
+        set_rate(optimizer, step, steps, epochs)
+        closed = step / steps < warm_up(epochs) and skips_are_closed(model)
         loss = training_step(model, optimizer, x[share], y[share], batch, session.micro_batch, closed,
                              settings["precision"])
         step += 1
@@ -282,8 +285,7 @@ class Session:
 
     def rate(self, step):
         """Pictures a second, in this session."""
-        seconds = time.monotonic() - self.began
-        return (step - self.first_step) * self.settings["batch"] / seconds
+        return (step - self.first_step) * self.settings["batch"] / (self.elapsed() - self.earlier)
 
     def held_out(self, n):
         """The first n held-out pictures, (n, C, H, W)."""
@@ -342,7 +344,8 @@ def resumed_checkpoint(resume, pictures, settings, out):
 def new_network(settings, device):
     """A network for these settings, and its optimiser."""
     model = UNet(settings["width"], settings["channels"], settings["levels"]).to(device)
-    return model, torch.optim.Adam(model.parameters(), lr=1e-6, fused=device.type in ("cpu", "cuda"))
+    rate = learning_rate(0, settings["epochs"])
+    return model, torch.optim.Adam(model.parameters(), lr=rate, fused=device.type in ("cpu", "cuda"))
 
 
 def restore(model, optimizer, checkpoint, path):
