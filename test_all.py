@@ -454,8 +454,8 @@ def test_sigma_distribution():
 
 def test_learning_rate_and_data_order():
     # the paper's halving for its 1000 epochs, a linear end for less; an epoch visits every picture once
-    paper = [train.learning_rate(t, 1000) for t in (0.005, 0.55, 0.99)]
-    assert paper == pytest.approx([5e-4, 1e-3 / 32, 1e-3 / 512], rel=0.01)
+    paper = [train.learning_rate(t, 1000) for t in (0.005, 0.011, 0.1, 0.55, 0.99)]
+    assert paper == pytest.approx([5e-4, 1e-3, 5e-4, 1e-3 / 32, 1e-3 / 512], rel=0.01)
     short = [train.learning_rate(t, 3) for t in (0, 0.05, 0.1, 0.55, 1)]
     assert short == pytest.approx([1e-6, 0.95 * 0.501e-3, 0.9e-3, 0.45e-3, 0], rel=1e-9)
     rows = np.arange(100, 110)
@@ -601,6 +601,7 @@ def test_resume_after_a_kill_is_exact(shelf, whole, tmp_path):
     assert killed["step"] == 1
     assert not train.train(settings, out, resume=killed, stop_requested=lambda: True)
     model, stopped = load_checkpoint(out)
+    assert stopped["step"] == 2
     assert train.skips_are_closed(model)
     assert train.train(settings, out, resume=stopped)
     assert gap(weights(whole), weights(out)) == 0
@@ -656,7 +657,7 @@ def test_files_of_others_are_never_replaced(shelf, tmp_path, cli):
 
 
 def test_settings_fit_the_machine():
-    # without a GPU the small preset, with one the paper's; either can be asked for
+    # without a GPU the small preset, with one the paper's; a flag overrides either
     def shape(device, **flags):
         given = dict.fromkeys(["preset", *train.COMMON, *train.PAPER]) | {"data": "x"} | flags
         settings = train.complete_settings(given, torch.device(device))
@@ -666,6 +667,7 @@ def test_settings_fit_the_machine():
     paper, small = [64, 64, 3, 1024, 1000, None], [32, 16, 2, 32, None, 300_000]
     assert shape("cpu") == shape("cuda", data=None, precision="fp32") == small
     assert shape("cuda", precision="fp32") == shape("cpu", preset="paper") == paper
+    assert shape("cpu", epochs=5.0) == [32, 16, 2, 32, 5.0, None]
 
 
 def test_odd_pictures(tmp_path, capsys):
@@ -852,7 +854,7 @@ def test_guidance_step_goes_down_the_gradient(task):
     moved, _ = sample.guidance_step(model, x, phi_c, 0, 1)
     step = moved - x
     eta = loss_of(x) / step.square().sum((1, 2, 3))
-    for place in [(0, 3, 5), (2, 15, 0)]:
+    for place in [(0, 3, 5), (1, 8, 8), (2, 15, 0)]:
         e = torch.zeros(1, 3, 16, 16).double()
         e[(0, *place)] = 1e-5
         change = (loss_of(x + e) - loss_of(x - e)) / 2e-5
@@ -1299,6 +1301,7 @@ def test_neighbours_of_planted_subspaces():
     verdicts, numbers = judged(study_of(code, random_codes(), labels=labels), "neighbours")
     assert set(verdicts.values()) == {"holds"}
     assert numbers["agreement, φ"].value == 1
+    assert numbers["chance"] == pytest.approx(39 / 119)
     assert abs(numbers["agreement, pixels"].value - 1 / 3) < 0.12
     same = study_of(
         code, [{0.3: code}] * 3, labels=labels
@@ -1319,6 +1322,7 @@ def test_clusters_beside_classes():
     assert np.bincount(numbers["labels"]).tolist() == [20] * 6
     assert numbers["seeds"] == numbers["at_next_sigma"].value == 1
     assert numbers["ratio"].value == pytest.approx(8 * 2**0.5, 0.15)
+    assert numbers["classes"].ratio.value < 1
     assert list(verdicts.values())[:3] == ["holds"] * 3
     same = study_of(codes, random_codes(), clusters=6, labels=np.arange(120) % 6)
     verdicts, numbers = judged(same, "clusters")  # classes are clusters
@@ -1605,7 +1609,7 @@ def test_posterior_mean_against_brute_force():
     # the closed form of memorisation is the training pictures' mean, weighted by their likelihood
     x = torch.rand(5, 1, 2, 3).double()
     y = torch.rand(4, 1, 2, 3).double()
-    for sigma in 0.05, 0.3:
+    for sigma in 0.05, 0.3, 3:
         d2 = pair_distances(y.flatten(1), x.flatten(1))
         weights = torch.exp(-d2 / (2 * sigma**2))
         mean = weights @ x.flatten(1) / weights.sum(1, keepdim=True)
